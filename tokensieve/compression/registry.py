@@ -1,0 +1,123 @@
+"""The registry of compression methods: register once, appear in tests, docs, benchmarks and the CLI."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.compression.budget import num_to_keep
+from tokensieve.compression.plan import Plan, keep_all
+from tokensieve.compression.tokens import VisualTokens
+from tokensieve.errors import BadOption
+
+PLACES = ("tower", "projector", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A registered method: the function and the facts people choose by.
+
+    Attributes:
+        name: as users type it.
+        fn: `fn(tokens, num_keep, *, generator=None, **options) -> Plan`.
+        title: paper title, or what the baseline does.
+        url: where to read it ("" for a plain baseline).
+        place: where tokens leave: "tower", "projector" or "decoder".
+        effect: "prunes" or "merges".
+        needs: what it looks at: any of "features", "projector", "frames".
+        output_length: "exact", or a sentence that says how the count may differ from the budget.
+        licence: licence of the official code, "" if there is none.
+        differs: what we do differently from the official code.
+    """
+
+    name: str
+    fn: Callable[..., Plan]
+    title: str
+    url: str = ""
+    place: str = "projector"
+    effect: str = "prunes"
+    needs: tuple[str, ...] = ("features",)
+    output_length: str = "exact"
+    licence: str = ""
+    differs: str = ""
+
+    def options(self) -> dict[str, object]:
+        """The method's own keyword options and their defaults."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"}
+
+    def __call__(
+        self,
+        tokens: VisualTokens,
+        keep: float | int,
+        *,
+        generator: torch.Generator | None = None,
+        **options,
+    ) -> Plan:
+        """Selects within the budget; a budget of all tokens returns them all without running the method.
+
+        Raises:
+            BadOption: `keep` is out of range, or an option is not one of `options()`.
+        """
+        self.check_options(options)
+        num_keep = num_to_keep(keep, len(tokens))
+        if num_keep == len(tokens):
+            return keep_all(len(tokens), tokens.features.device)
+        return self.fn(tokens, num_keep, generator=generator, **options)
+
+    def check_options(self, options: dict[str, object]) -> None:
+        """Raises BadOption, with a suggestion, if an option is unknown to this method."""
+        allowed = self.options()
+        for option in options:
+            if option not in allowed:
+                raise BadOption(
+                    f"{self.name!r} has no option {option!r}; it takes {sorted(allowed) or 'none'}.",
+                    hint=did_you_mean(option, allowed),
+                )
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, **facts) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Decorator that puts `fn` into the registry under `name` with the given `Method` facts."""
+
+    def register(fn: Callable[..., Plan]) -> Callable[..., Plan]:
+        if name in _METHODS:
+            raise ValueError(f"A method named {name!r} is already registered.")
+        method = Method(name=name, fn=fn, **facts)
+        if method.place not in PLACES:
+            raise ValueError(f"place must be one of {PLACES}, got {method.place!r}.")
+        _METHODS[name] = method
+        return fn
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """The registered method of that name.
+
+    Raises:
+        BadOption: there is none; the message lists all names and the nearest one.
+    """
+    if name not in _METHODS:
+        raise BadOption(
+            f"There is no method {name!r}; there are {', '.join(sorted(_METHODS))}.",
+            hint=did_you_mean(name, _METHODS),
+        )
+    return _METHODS[name]
+
+
+def list_methods(place: str | None = None) -> list[Method]:
+    """All registered methods by name, or those of one place."""
+    return [m for _, m in sorted(_METHODS.items()) if place in (None, m.place)]
+
+
+def did_you_mean(word: str, allowed) -> str:
+    """'Did you mean X?' for the nearest allowed word, or an empty string."""
+    near = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""

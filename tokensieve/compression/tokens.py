@@ -1,0 +1,74 @@
+"""What a compression method looks at: the visual tokens of one image or video."""
+
+# Shape legend: N visual tokens, D width of the language model, P rows entering the projector,
+#               V width of the vision tower, T frames
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLayerMLP:
+    """Weights of a projector `w2 @ act(w1 @ x + b1) + b2`, for methods with a closed form."""
+
+    w1: Tensor  # [H, V]
+    b1: Tensor | None  # [H]
+    w2: Tensor  # [D, H]
+    act: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector:
+    """The map from the vision tower to the language model, with the rows that entered it.
+
+    `inputs` is `[P, V]`, or `[P, G, V]` where the projector joins G neighbouring patches into one
+    token. `fn` maps `[..., P, V]` (or `[..., P, G, V]`) to `[..., P, D]`. `to_tokens` carries one
+    number per projector row, `[P]`, to one per visual token, `[N]`; it is the identity unless tokens
+    are pooled, re-ordered or re-packed after projection.
+    """
+
+    inputs: Tensor
+    fn: Callable[[Tensor], Tensor]
+    to_tokens: Callable[[Tensor], Tensor]
+    mlp: TwoLayerMLP | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokens:
+    """The candidate tokens of one image or one video, in the order the language model reads them.
+
+    Structural tokens (the learned newlines of LLaVA-NeXT, the closing newline of LLaVA-OneVision) are
+    not candidates: the model adapter sets them aside and always keeps them, outside the budget.
+
+    Attributes:
+        features: `[N, D]`, what the language model would receive.
+        grids: one `(frames, height, width)` in tokens per raster block; their products add up to N.
+            A video is one block, an image `(1, h, w)`, an any-resolution image two blocks: the
+            base view and the high-resolution view.
+        crop: `[N]` int64, which tile of an any-resolution image a token came from (0 = base view);
+            zeros for videos and plain images.
+        times_s: `[T]` seconds of each token frame of a video, or None.
+        projector: the projector and its inputs, or None where the family hides them.
+    """
+
+    features: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    crop: Tensor
+    times_s: Tensor | None = None
+    projector: Projector | None = None
+
+    def __post_init__(self) -> None:
+        num_tokens = self.features.shape[0]
+        covered = sum(t * h * w for t, h, w in self.grids)
+        if self.features.ndim != 2 or covered != num_tokens or self.crop.shape != (num_tokens,):
+            raise ValueError(
+                f"VisualTokens do not agree: features {tuple(self.features.shape)}, grids {self.grids} "
+                f"(= {covered} tokens), crop {tuple(self.crop.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
