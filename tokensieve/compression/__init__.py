@@ -1,11 +1,13 @@
 """Which tokens stay: one paper, one file, a pure function on tensors that returns a Plan."""
 
+# Importing a method's module registers it.
+from tokensieve.compression import divprune, evs, norm_diversity, random_subset, uniform, zoprune  # noqa: F401
 from tokensieve.compression.budget import check_keep, num_to_keep
 from tokensieve.compression.plan import Plan, apply_plan, keep_all
 from tokensieve.compression.registry import Method, get_method, list_methods, register_method
-from tokensieve.compression.tokens import Projector, TwoLayerMLP, VisualTokens
+from tokensieve.compression.tokens import Projector, TwoLayerMLP, VisualTokens, in_dtype_of_input
 
 __all__ = [
     "Method", "Plan", "Projector", "TwoLayerMLP", "VisualTokens", "apply_plan", "check_keep", "get_method",
-    "keep_all", "list_methods", "num_to_keep", "register_method",
+    "in_dtype_of_input", "keep_all", "list_methods", "num_to_keep", "register_method",
 ]

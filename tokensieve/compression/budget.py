@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from tokensieve.errors import BadOption
 
@@ -16,7 +17,7 @@ def check_keep(keep: float | int) -> float | int:
     Raises:
         BadOption: anything else (0, negative, NaN, 2.5, a bool).
     """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+    if isinstance(keep, bool) or not isinstance(keep, Real):
         raise BadOption(f"keep must be a number, got {keep!r}.")
     if not math.isfinite(keep) or keep <= 0 or (keep > 1 and keep != int(keep)):
         raise BadOption(

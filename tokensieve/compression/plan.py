@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Kept tokens of one image or video: `kept` is `[K]` int64, strictly rising, each in [0, num_tokens)."""
 
@@ -22,7 +22,8 @@ class Plan:
         if kept.ndim != 1 or kept.dtype != torch.int64:
             raise ValueError(f"Plan.kept must be a 1-D int64 tensor, got {tuple(kept.shape)} {kept.dtype}.")
         if len(kept) and (kept[0] < 0 or kept[-1] >= self.num_tokens or (kept.diff() <= 0).any()):
-            raise ValueError(f"Plan.kept must rise strictly inside [0, {self.num_tokens}), got {kept.tolist()}.")
+            shown = f"{kept[:8].tolist()}{'...' if len(kept) > 8 else ''}"
+            raise ValueError(f"Plan.kept must rise strictly inside [0, {self.num_tokens}), got {shown}.")
 
     @property
     def num_kept(self) -> int:

@@ -15,6 +15,8 @@ from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 
 PLACES = ("tower", "projector", "decoder")
+EFFECTS = ("prunes", "merges")
+NEEDS = ("features", "projector", "frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Method:
         url: where to read it ("" for a plain baseline).
         place: where tokens leave: "tower", "projector" or "decoder".
         effect: "prunes" or "merges".
-        needs: what it looks at: any of "features", "projector", "frames".
+        needs: what it looks at: any of "features", "projector", "frames"; () for only how many there are.
         output_length: "exact", or a sentence that says how the count may differ from the budget.
         licence: licence of the official code, "" if there is none.
         differs: what we do differently from the official code.
@@ -60,14 +62,25 @@ class Method:
     ) -> Plan:
         """Selects within the budget; a budget of all tokens returns them all without running the method.
 
+        No gradient is recorded (the plan is made of whole numbers; gradients flow through `apply_plan`),
+        and autocast is off, because methods choose float32 where they need it.
+
         Raises:
-            BadOption: `keep` is out of range, or an option is not one of `options()`.
+            BadOption: `keep` is out of range, an option is not one of `options()`, or the method looks at
+                features and some are NaN or infinite.
         """
         self.check_options(options)
         num_keep = num_to_keep(keep, len(tokens))
         if num_keep == len(tokens):
             return keep_all(len(tokens), tokens.features.device)
-        return self.fn(tokens, num_keep, generator=generator, **options)
+        device = tokens.features.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if "features" in self.needs and not tokens.features.isfinite().all():
+                raise BadOption(
+                    f"Some visual tokens are NaN or infinite, so {self.name!r} cannot compare them.",
+                    hint="Check the model's weights and dtype: float16 overflows in some vision towers.",
+                )
+            return self.fn(tokens, num_keep, generator=generator, **options)
 
     def check_options(self, options: dict[str, object]) -> None:
         """Raises BadOption, with a suggestion, if an option is unknown to this method."""
@@ -84,7 +97,11 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(name: str, **facts) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Decorator that puts `fn` into the registry under `name` with the given `Method` facts."""
+    """Decorator that puts `fn` into the registry under `name` with the given `Method` facts.
+
+    Raises:
+        ValueError: the name is taken, or a fact is not one of the allowed words.
+    """
 
     def register(fn: Callable[..., Plan]) -> Callable[..., Plan]:
         if name in _METHODS:
@@ -92,6 +109,10 @@ def register_method(name: str, **facts) -> Callable[[Callable[..., Plan]], Calla
         method = Method(name=name, fn=fn, **facts)
         if method.place not in PLACES:
             raise ValueError(f"place must be one of {PLACES}, got {method.place!r}.")
+        if method.effect not in EFFECTS:
+            raise ValueError(f"effect must be one of {EFFECTS}, got {method.effect!r}.")
+        if not set(method.needs) <= set(NEEDS):
+            raise ValueError(f"needs must be some of {NEEDS}, got {method.needs!r}.")
         _METHODS[name] = method
         return fn
 

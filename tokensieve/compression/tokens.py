@@ -1,34 +1,48 @@
 """What a compression method looks at: the visual tokens of one image or video."""
 
 # Shape legend: N visual tokens, D width of the language model, P rows entering the projector,
-#               V width of the vision tower, T frames
+#               V width of the vision tower, H hidden width of the projector, T frames
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TwoLayerMLP:
-    """Weights of a projector `w2 @ act(w1 @ x + b1) + b2`, for methods with a closed form."""
+    """Weights of a projector `w2 @ act(w1 @ x + b1) + b2`, for methods with a closed form.
+
+    Give the model's own weight tensors, in any dtype, not copies: what is computed from them is kept for
+    as long as they live. `act` works elementwise.
+    """
 
     w1: Tensor  # [H, V]
     b1: Tensor | None  # [H]
     w2: Tensor  # [D, H]
     act: Callable[[Tensor], Tensor]
 
+    def __post_init__(self) -> None:
+        if self.w1.ndim != 2 or self.w2.ndim != 2 or self.w1.shape[0] != self.w2.shape[1]:
+            raise ValueError(
+                f"TwoLayerMLP needs w1 [H, V] and w2 [D, H], got {tuple(self.w1.shape)} and {tuple(self.w2.shape)}."
+            )
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Projector:
     """The map from the vision tower to the language model, with the rows that entered it.
 
     `inputs` is `[P, V]`, or `[P, G, V]` where the projector joins G neighbouring patches into one
-    token. `fn` maps `[..., P, V]` (or `[..., P, G, V]`) to `[..., P, D]`. `to_tokens` carries one
-    number per projector row, `[P]`, to one per visual token, `[N]`; it is the identity unless tokens
-    are pooled, re-ordered or re-packed after projection.
+    token. `fn` maps `[..., P, V]` (or `[..., P, G, V]`) to `[..., P, D]` and computes in the dtype of
+    its argument, because methods probe in float32 whatever the model's dtype (`in_dtype_of_input` makes
+    such a function of a module). `to_tokens` carries one number per projector row, `[P]`, to one per
+    visual token, `[N]`; it is the identity unless tokens are pooled, re-ordered or re-packed after
+    projection.
     """
 
     inputs: Tensor
@@ -37,7 +51,23 @@ class Projector:
     mlp: TwoLayerMLP | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+def in_dtype_of_input(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`module` as a function that computes in the dtype of its argument.
+
+    Weights of another dtype are cast for the length of a call; the module stays as it is.
+    """
+
+    def fn(x: Tensor) -> Tensor:
+        weights = {
+            name: weight.to(x.dtype) if weight.is_floating_point() else weight
+            for name, weight in chain(module.named_parameters(), module.named_buffers())
+        }
+        return functional_call(module, weights, (x,))
+
+    return fn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class VisualTokens:
     """The candidate tokens of one image or one video, in the order the language model reads them.
 
@@ -62,9 +92,8 @@ class VisualTokens:
     projector: Projector | None = None
 
     def __post_init__(self) -> None:
-        num_tokens = self.features.shape[0]
         covered = sum(t * h * w for t, h, w in self.grids)
-        if self.features.ndim != 2 or covered != num_tokens or self.crop.shape != (num_tokens,):
+        if self.features.ndim != 2 or self.features.shape[0] != covered or self.crop.shape != (covered,):
             raise ValueError(
                 f"VisualTokens do not agree: features {tuple(self.features.shape)}, grids {self.grids} "
                 f"(= {covered} tokens), crop {tuple(self.crop.shape)}."
