@@ -1,0 +1,318 @@
+"""Encode once, drop placeholders, hand the rest to an unmodified transformers model.
+
+The seam is `mm_encoder_outputs`, a keyword of `forward` and `generate` in transformers 5: features computed
+outside, scattered into the placeholders inside. Nothing in the model is patched. For the price of four rules:
+
+1. positions are computed on the full prompt and cropped ("preserve"), so that a compressed prompt equals the
+   full one with the dropped tokens masked out; "compact" renumbers, for parity with papers that do;
+2. an explicit 2-D attention mask is always passed: without one, gaps in the positions are read as the borders
+   of packed sequences;
+3. `mm_encoder_outputs` is built afresh for every call, because beam search changes it in place;
+4. the rope delta that Qwen models keep between calls is set to what follows from the compressed prompt.
+"""
+
+# Shape legend: B batch, L prompt length, K compressed prompt length, n visual tokens of an item, N candidates,
+#               D width of the language model
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.compression import Plan, Projector, VisualTokens
+from tokensieve.errors import BadOption, UnsupportedModel
+from tokensieve.pipeline.families import family_of
+
+MODALITIES = ("image", "video")
+POSITIONS = ("preserve", "compact")
+# Sequence-shaped inputs and what stands in for them at padded places; the pad id of `input_ids` is added later.
+_SEQUENCE_INPUTS = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualItem:
+    """One image or video of a batch.
+
+    Attributes:
+        row: which prompt of the batch it belongs to.
+        modality: "image" or "video": the kind of placeholder it fills.
+        slots: `[n]` int64, where its placeholders stand in the prompt.
+        features: `[n, D]`.
+        candidates: `[N]` int64, the places among the n that a method may drop.
+        tokens: what the method looks at.
+        deepstack: one `[n, D]` tensor per deepstack layer.
+        output_type: class of the encoder's output, to wrap the kept features in again.
+        in_tensor: whether that output holds one tensor for all items, or a list of them.
+    """
+
+    row: int
+    modality: str
+    slots: Tensor
+    features: Tensor
+    candidates: Tensor
+    tokens: VisualTokens
+    deepstack: tuple[Tensor, ...]
+    output_type: type
+    in_tensor: bool
+
+    def kept(self, plan: Plan) -> Tensor:
+        """`[k]` int64, places among the n that stay: what the plan keeps and every structural token."""
+        stays = torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device)
+        stays[self.candidates] = plan.mask().to(stays.device)
+        return stays.nonzero().squeeze(1)
+
+
+class RaggedFeatures(Tensor):
+    """Features of items of unequal length in one `[1, total, D]` block.
+
+    Beam search repeats such a block as a whole and pairs features with the wrong prompts, silently
+    (transformers 5.24). It slices the block to do so; this class makes that slice an error.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results of operations are plain tensors
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            raise BadOption(
+                "Beams or several returned sequences need as many kept tokens in every prompt of the batch "
+                "with this model family.",
+                hint="Give `keep` as a whole number, use a method with a fixed length, or pass one prompt at a time.",
+            )
+        return super().__getitem__(key)
+
+
+class VLMAdapter:
+    """Compresses the processor output of one transformers vision-language model.
+
+    Args:
+        model: any `*ForConditionalGeneration` of a supported family.
+
+    Raises:
+        UnsupportedModel: the family is unknown, or this transformers release has no `mm_encoder_outputs` for it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.base = model.model
+        self.family = family_of(model.config.model_type)
+        if not model._supports_mm_encoder_outputs():
+            raise UnsupportedModel(
+                f"{type(model).__name__} does not take mm_encoder_outputs.", hint="Install transformers 5.24 or newer."
+            )
+        self.projector = self.base.get_submodule(self.family.projector_path)
+
+    def encode(self, inputs: Mapping[str, Tensor], frames_as_video: bool = False) -> list[VisualItem]:
+        """Runs the vision encoder and finds the placeholders of every item.
+
+        Args:
+            inputs: the processor's output: `input_ids`, pixels, grids. Left as they are.
+            frames_as_video: treat all images of a prompt as the frames of one video, for families that get
+                videos as images; frames must have equal rasters.
+
+        Returns:
+            Items in the order of their placeholders, images first. Empty for a prompt of text alone.
+
+        Raises:
+            BadOption: placeholders and features do not match, or frames differ.
+        """
+        items: list[VisualItem] = []
+        for modality in MODALITIES:
+            encoder = getattr(self.base, f"get_{modality}_features", None)
+            arguments = _arguments_of(encoder, inputs) if encoder else {}
+            if not any(name.startswith("pixel_values") for name in arguments):
+                continue
+            seen: list[Tensor] = []
+            hook = self.projector.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
+            try:
+                out = encoder(**arguments, return_dict=True)
+            finally:
+                hook.remove()
+            layouts = self.family.layouts(self.base, modality, out, inputs, torch.cat(seen).detach())
+            items += self._place(layouts, modality, out, inputs["input_ids"])
+        if not frames_as_video:
+            return items
+        frames = [item for item in items if item.modality == "image"]
+        return _join_frames(frames) + [item for item in items if item.modality != "image"]
+
+    def _place(self, layouts, modality: str, out, input_ids: Tensor) -> list[VisualItem]:
+        placeholder = getattr(self.model.config, f"{modality}_token_id")
+        rows, slots = (input_ids == placeholder).nonzero(as_tuple=True)
+        lengths = [len(layout.features) for layout in layouts]
+        if sum(lengths) != len(slots):
+            raise BadOption(
+                f"The prompt has {len(slots)} {modality} placeholders, but the encoder gave {sum(lengths)} tokens.",
+                hint="Let the model's processor make the prompt.",
+            )
+        items = []
+        for layout, row, slot in zip(layouts, rows.split(lengths), slots.split(lengths), strict=True):
+            device = layout.features.device
+            structural = layout.structural
+            if structural is None:
+                structural = torch.zeros(len(slot), dtype=torch.bool, device=device)
+            candidates = (~structural).nonzero().squeeze(1)
+            crop = layout.crop if layout.crop is not None else torch.zeros(len(candidates), dtype=torch.long)
+            items.append(
+                VisualItem(
+                    row=int(row[0]),
+                    modality=modality,
+                    slots=slot,
+                    features=layout.features,
+                    candidates=candidates,
+                    tokens=VisualTokens(
+                        features=layout.features[candidates].detach(),
+                        grids=layout.grids,
+                        crop=crop.to(device),
+                        times_s=layout.times_s,
+                        projector=layout.projector,
+                    ),
+                    deepstack=layout.deepstack,
+                    output_type=type(out),
+                    in_tensor=isinstance(out.pooler_output, Tensor),
+                )
+            )
+        return items
+
+    def emit(
+        self,
+        inputs: Mapping[str, Tensor],
+        items: Sequence[VisualItem],
+        plans: Sequence[Plan],
+        *,
+        positions: str = "preserve",
+        target: str = "generate",
+        pad_token_id: int = 0,
+    ) -> dict[str, object]:
+        """Keyword arguments for the model with the dropped tokens left out.
+
+        Args:
+            inputs: what `encode` was given, with `labels` for a training loss. Left as they are.
+            items: what `encode` returned.
+            plans: one plan an item.
+            positions: "preserve" (kept tokens keep their positions) or "compact" (renumbered 0, 1, 2 ...).
+            target: "generate", or "forward" for `model(...)`, which counts positions differently in PaliGemma.
+            pad_token_id: fills the left of shorter prompts; it is masked, so any valid id will do.
+
+        Raises:
+            BadOption: unknown `positions` or `target`.
+        """
+        if positions not in POSITIONS:
+            raise BadOption(f"positions must be one of {POSITIONS}, got {positions!r}.")
+        if target not in ("generate", "forward"):
+            raise BadOption(f"target must be 'generate' or 'forward', got {target!r}.")
+        mask_BL = inputs.get("attention_mask")
+        if mask_BL is None:
+            mask_BL = torch.ones_like(inputs["input_ids"])
+        full = {**inputs, "attention_mask": mask_BL}
+        stays_BL = mask_BL.bool()
+        kept = [item.kept(plan) for item, plan in zip(items, plans, strict=True)]
+        for item, places in zip(items, kept, strict=True):
+            stays_BL[item.row, item.slots] = False
+            stays_BL[item.row, item.slots[places.to(item.slots.device)]] = True
+
+        fill = {"input_ids": pad_token_id, **_SEQUENCE_INPUTS}
+        emitted: dict[str, object] = {k: left_pack(full[k], stays_BL, fill[k]) for k in fill if full.get(k) is not None}
+        emitted["position_ids"] = self._positions(full, stays_BL, positions, target)
+        encoded = {}
+        for modality in MODALITIES:
+            chosen = [(item, places) for item, places in zip(items, kept, strict=True) if item.modality == modality]
+            if chosen:
+                encoded[modality] = _encoder_output(chosen)
+        if encoded:
+            emitted["mm_encoder_outputs"] = encoded
+        return emitted
+
+    def _positions(self, full: Mapping[str, Tensor], stays_BL: Tensor, positions: str, target: str) -> Tensor:
+        others = {k: v for k, v in full.items() if k not in ("input_ids", "labels")}
+        ids = self.model._prepare_position_ids_for_generation(full["input_ids"], others)
+        packed = left_pack(ids.expand(*ids.shape[:-2], *stays_BL.shape), stays_BL, 0)
+        mask_BK = left_pack(stays_BL.long(), stays_BL, 0)
+        counter_BK = (mask_BK.cumsum(-1) - 1).clamp(min=0)
+        if positions == "compact":
+            packed = counter_BK.expand(packed.shape).clone()
+        elif packed.ndim == 3:
+            packed[0] = counter_BK  # the text counter of M-RoPE models tells packed sequences apart: no gaps
+        if packed.ndim == 3:
+            self.base.rope_deltas = packed[1:].amax((0, 2))[:, None] + 1 - mask_BK.sum(-1, keepdim=True)
+        if target == "forward" and self.family.forward_position_offset:
+            packed = packed + self.family.forward_position_offset
+        return packed
+
+
+def _encoder_output(chosen: Sequence[tuple[VisualItem, Tensor]]):
+    """What the model expects in `mm_encoder_outputs` for the kept tokens of all items of one modality."""
+    first = chosen[0][0]
+    features = [item.features[places] for item, places in chosen]
+    if first.in_tensor:
+        if len({len(f) for f in features}) == 1:
+            return first.output_type(pooler_output=torch.stack(features))
+        return first.output_type(pooler_output=torch.cat(features)[None].as_subclass(RaggedFeatures))
+    if not first.deepstack:
+        return first.output_type(pooler_output=features)
+    layers = zip(*(tuple(layer[places] for layer in item.deepstack) for item, places in chosen), strict=True)
+    return first.output_type(pooler_output=features, deepstack_features=[list(layer) for layer in layers])
+
+
+def _arguments_of(encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = inspect.signature(encoder).parameters
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def _join_frames(items: Sequence[VisualItem]) -> list[VisualItem]:
+    """Joins all image items of a prompt to one item whose raster is `(frames, height, width)`."""
+    joined = []
+    for row in sorted({item.row for item in items}):
+        frames = [item for item in items if item.row == row]
+        grids = [grid for item in frames for grid in item.tokens.grids]
+        if len(set(grids)) > 1:
+            raise BadOption(
+                f"Frames of one video must have equal rasters, got {sorted(set(grids))}.",
+                hint="Turn off image splitting in the processor, or pass the frames as images.",
+            )
+        lengths = [len(item.slots) for item in frames]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        tokens = [item.tokens for item in frames]
+        joined.append(
+            replace(
+                frames[0],
+                slots=torch.cat([item.slots for item in frames]),
+                features=torch.cat([item.features for item in frames]),
+                candidates=torch.cat([item.candidates + s for item, s in zip(frames, starts, strict=True)]),
+                tokens=VisualTokens(
+                    features=torch.cat([t.features for t in tokens]),
+                    grids=((len(grids), *grids[0][1:]),),
+                    crop=torch.zeros(sum(map(len, tokens)), dtype=torch.long, device=tokens[0].features.device),
+                    projector=_join_projectors([t.projector for t in tokens]),
+                ),
+                deepstack=tuple(torch.cat(layer) for layer in zip(*(item.deepstack for item in frames), strict=True)),
+            )
+        )
+    return joined
+
+
+def _join_projectors(projectors: Sequence[Projector | None]) -> Projector | None:
+    if any(p is None for p in projectors):
+        return None
+    lengths = [len(p.inputs) for p in projectors]
+
+    def to_tokens(scores: Tensor) -> Tensor:
+        parts = zip(projectors, scores.split(lengths), strict=True)
+        return torch.cat([projector.to_tokens(part) for projector, part in parts])
+
+    return replace(projectors[0], inputs=torch.cat([p.inputs for p in projectors]), to_tokens=to_tokens)
+
+
+def left_pack(values: Tensor, stays_BL: Tensor, fill: int) -> Tensor:
+    """Keeps the marked entries of the last axis and moves them to the right end of the longest row.
+
+    `values` is `[..., B, L]`, the result `[..., B, K]` with `fill` to the left of shorter rows.
+    """
+    longest = int(stays_BL.sum(-1).max())
+    # A stable sort by "stays" puts dropped entries first and keeps the order of the others.
+    order_BK = stays_BL.int().sort(dim=-1, stable=True).indices[:, stays_BL.shape[1] - longest :]
+    order = order_BK.expand(*values.shape[:-2], *order_BK.shape)
+    real_BK = stays_BL.gather(1, order_BK)
+    return values.gather(-1, order).masked_fill(~real_BK, fill)
