@@ -1,0 +1,200 @@
+"""The command line: names and options only; each command is one call into a room.
+
+Parsers are built for the command that was asked for and nothing heavy is imported before it runs, so that
+`tokensieve --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+
+from tokensieve import __version__
+from tokensieve.errors import BadOption, TokensieveError
+
+INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    help: str
+    add_options: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    0 fine, 1 failed, 2 wrong option, 3 a medium could not be used, 4 a model could not be used,
+    130 interrupted. With several media the others are still done and the code is that of the last failure.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    wanted = [word for word in argv if not word.startswith("-")][:2]
+    parser = build_parser(wanted)
+    try:
+        options = parser.parse_args(argv)
+        if not wanted:
+            parser.print_help()
+            return 0
+        command, options = options.subcommand, options[options.subcommand]
+        if command == "train":
+            return TRAINERS[options.subcommand].run(options[options.subcommand])
+        return COMMANDS[command].run(options)
+    except ArgumentError as error:
+        print(f"tokensieve: {error}{_suggestion(str(error), parser, wanted)}", file=sys.stderr)
+        return BadOption.exit_code
+    except TokensieveError as error:
+        _report(error, as_json="--json" in argv)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tokensieve: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `tokensieve methods | head`
+        sys.stderr.close()
+        return 0
+
+
+def build_parser(wanted: Sequence[str] = ()) -> ArgumentParser:
+    """The parser, with the options of the wanted command only (all, if none is named)."""
+    parser = ArgumentParser(
+        prog="tokensieve",
+        description="Vision-language models that look at fewer visual tokens and keep their answers.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=False, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        commands.add_subcommand(name, sub, help=command.help)
+        if name in wanted[:1]:
+            command.add_options(sub)
+    return parser
+
+
+def _suggestion(message: str, parser: ArgumentParser, wanted: Sequence[str]) -> str:
+    """' Did you mean --keep?' for the first unknown option in an error message."""
+    given = re.search(r"--[\w.-]+", message)
+    if not given or not wanted or wanted[0] not in COMMANDS:
+        return ""
+    sub = ArgumentParser(exit_on_error=False)
+    COMMANDS[wanted[0]].add_options(sub)
+    near = difflib.get_close_matches(given.group(), [s for a in sub._actions for s in a.option_strings], n=1)
+    return f" Did you mean {near[0]}?" if near and near[0] != given.group() else ""
+
+
+def _report(error: TokensieveError, as_json: bool) -> None:
+    if as_json:
+        from tokensieve.commands.output import error_object, print_json
+
+        print_json(error_object(error))
+    else:
+        print(f"tokensieve: {error}", file=sys.stderr)
+
+
+def _common(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--json", action=ActionYesNo, default=False, help="one JSON object a line, for programs")
+
+
+def _model(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=str, default="tiny", help="shipped model, folder or Hugging Face id")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 ...; a GPU if there is one")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--method", type=str | None, default=None, help="see `tokensieve methods`; none: all tokens")
+    parser.add_argument("--keep", type=float, default=0.25, help="share (0.25) or number (64) of tokens per clip")
+    parser.add_argument("--positions", type=str, default="preserve", help="preserve or compact")
+    parser.add_argument("--seed", type=int, default=0, help="for methods that draw at random")
+    parser.add_argument(
+        "--options", type=dict[str, str | int | float | bool], default={}, help="of the method: --options.step 0.1"
+    )
+
+
+def _video(parser: ArgumentParser) -> None:
+    parser.add_argument("--num_frames", type=int | None, default=None, help="frames spread over the clip; 8 by default")
+    parser.add_argument("--fps", type=float | None, default=None, help="frames per second instead of a number")
+    parser.add_argument("--start_s", type=float | None, default=None, help="start of the part to look at, seconds")
+    parser.add_argument("--end_s", type=float | None, default=None, help="end of the part to look at, seconds")
+    parser.add_argument("--backend", type=str, default="pyav", help="pyav, decord or torchcodec")
+
+
+def _answer_options(parser: ArgumentParser) -> None:
+    parser.add_argument("clip", nargs="+", type=str, help="videos, images or folders of frames")
+    parser.add_argument("question", type=str, help="asked about every clip")
+    _model(parser)
+    _video(parser)
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    _common(parser)
+
+
+def _show_options(parser: ArgumentParser) -> None:
+    parser.add_argument("clip", type=str, help="video, image or folder of frames")
+    parser.add_argument("--out", nargs="+", type=str, default=["kept.png"], help="files to write: .png and .mp4")
+    parser.add_argument("--question", type=str, default="Describe the video.", help="for methods that read it")
+    _model(parser)
+    parser.set_defaults(method="zoprune")
+    _video(parser)
+    _common(parser)
+
+
+def _clips_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, required=True, help="folder for the MP4s and manifest.jsonl")
+    parser.add_argument("--split", type=str, default="test", help="train, val or test: disjoint digit images")
+    parser.add_argument("--count", type=int, default=20, help="number of clips")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
+    _common(parser)
+
+
+def _demo_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, default="demo", help="folder for the clip and the picture")
+    parser.add_argument("--method", type=str, default="zoprune", help="see `tokensieve methods`")
+    parser.add_argument("--keep", type=float, default=0.25, help="share or number of tokens to keep")
+    _common(parser)
+
+
+def _tiny_options(parser: ArgumentParser) -> None:
+    from tokensieve.pipeline.tiny_recipe import STAGES, TinyRecipe
+
+    parser.add_argument("--out", type=str, default="runs/tiny", help="folder for models and logs")
+    parser.add_argument("--stages", nargs="+", type=str, default=list(STAGES), help="which stages to run")
+    parser.add_class_arguments(TinyRecipe, None)
+    _common(parser)
+
+
+def _train_options(parser: ArgumentParser) -> None:
+    trainers = parser.add_subcommands(metavar="WHAT")
+    for name, trainer in TRAINERS.items():
+        sub = ArgumentParser(description=trainer.help, exit_on_error=False)
+        trainers.add_subcommand(name, sub, help=trainer.help)
+        trainer.add_options(sub)
+
+
+def _lazy(name: str) -> Callable[[Namespace], int]:
+    """`tokensieve.commands.<name>.run`, imported when it is called."""
+
+    def run(options: Namespace) -> int:
+        import importlib
+
+        return importlib.import_module(f"tokensieve.commands.{name}").run(options)
+
+    return run
+
+
+TRAINERS = {"tiny": Command("train the shipped model from nothing", _tiny_options, _lazy("train_tiny"))}
+COMMANDS = {
+    "demo": Command(
+        "ask the shipped model about a clip, with all and with a quarter of the tokens", _demo_options, _lazy("demo")
+    ),
+    "answer": Command("answer a question about one or more clips", _answer_options, _lazy("answer")),
+    "show": Command("draw what the model still looks at", _show_options, _lazy("show")),
+    "methods": Command("list the compression methods", _common, _lazy("methods")),
+    "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
+    "train": Command("train a model", _train_options, lambda options: 0),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
