@@ -23,15 +23,15 @@ class TinyRecipe:
         clip_batch: clips a step, each with four questions.
         clip_lr: peak learning rate of stage 2.
         val_clips: validation clips, for the progress bar and the log.
-        compile: compile the tower with torch.compile (needs a C++ compiler).
+        compile: use torch.compile, twice as fast here; needs a C++ compiler.
     """
 
     seed: int = 0
     tower_steps: int = 3500
     tower_batch: int = 128
     tower_lr: float = 2e-3
-    clips: int = 24_000
-    clip_steps: int = 6000
+    clips: int = 20_000
+    clip_steps: int = 5000
     clip_batch: int = 32
     clip_lr: float = 2e-3
     val_clips: int = 400

@@ -84,7 +84,14 @@ def _clips_stage(out: Path, recipe: TinyRecipe) -> Path:
 
         train = CachedClips(model, "train", 0, recipe.clips, recipe.seed, progress=advance)
         val = CachedClips(model, "val", 0, recipe.val_clips, recipe.seed, progress=advance)
-    module = ClipModule(model, tokenizer, lr=recipe.clip_lr, total_steps=recipe.clip_steps, seed=recipe.seed)
+    module = ClipModule(
+        model,
+        tokenizer,
+        lr=recipe.clip_lr,
+        total_steps=recipe.clip_steps,
+        seed=recipe.seed,
+        compile=recipe.compile,
+    )
     _trainer(out, "clips", recipe.clip_steps, min(500, recipe.clip_steps)).fit(
         module,
         clip_loader(train, tokenizer, recipe.clip_batch, recipe.seed, shuffle=True),
