@@ -370,3 +370,50 @@ def test_left_pack():
     stays = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 0]]).bool()
     values = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert left_pack(values, stays, PAD - 1).tolist() == [[-1, 1, 3], [5, 6, 7]]
+
+
+def test_zoprune_shares_its_budget_over_the_tiles_and_keeps_every_newline():
+    adapter = VLMAdapter(make_model("llava_next"))
+    inputs = make_inputs("llava_next", 2)
+    for item in adapter.encode(inputs):
+        tiles = int(item.tokens.crop.max()) + 1
+        plan = get_method("zoprune")(item.tokens, 4 * tiles)
+        assert item.tokens.crop[plan.kept].bincount().tolist() == [4] * tiles
+        dropped = set(range(len(item.slots))) - set(item.kept(plan).tolist())
+        newlines = set(range(len(item.slots))) - set(item.candidates.tolist())
+        rows = sum(grid[1] for grid in item.tokens.grids[1:])
+        assert len(newlines) == rows > 0 and not dropped & newlines
+        newline = adapter.base.image_newline
+        assert all(torch.equal(item.features[i], newline) for i in newlines)
+
+
+def test_pixels_beside_encoded_tokens_are_refused():
+    adapter = VLMAdapter(make_model("llava"))
+    inputs = make_inputs("llava", 1)
+    items = adapter.encode(inputs)
+    arguments = adapter.emit(inputs, items, select(items, "uniform", 0.5))
+    with pytest.raises(ValueError, match="pre-computed|same time"):
+        adapter.model.generate(**arguments, pixel_values=inputs["pixel_values"], **GREEDY)
+
+
+def test_a_sliding_window_shorter_than_the_prompt_breaks_the_invariant():
+    """The documented limit of Gemma 3: its window counts tokens, so dropped ones let older ones back in."""
+
+    def difference(window: int) -> float:
+        model = make_model("gemma3")
+        for config in (
+            model.config.text_config,
+            *(layer.self_attn.config for layer in model.model.language_model.layers),
+        ):
+            config.sliding_window = window
+        for layer in model.model.language_model.layers:
+            layer.self_attn.sliding_window = window
+        adapter = VLMAdapter(model)
+        inputs = make_inputs("gemma3", 1)
+        items = adapter.encode(inputs)
+        plans = select(items, "uniform", 0.5)
+        full, mask = masked_full(adapter, inputs, items, plans)
+        got = logits_at_kept(model, adapter.emit(inputs, items, plans), "gemma3")[0]
+        return float((got - logits_at_kept(model, full, "gemma3", mask)[0]).abs().max())
+
+    assert difference(512) < TOLERANCE < 100 * TOLERANCE < difference(4)

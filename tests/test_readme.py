@@ -1,0 +1,80 @@
+"""The README's claims: its method table is the registry, its Python runs, its files exist, its commands parse."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tokensieve.cli import COMMANDS
+from tokensieve.compression import Method, list_methods
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def row(method: Method) -> str:
+    paper = f"[{method.title}]({method.url})" if method.url else method.title
+    length = "exactly the budget" if method.output_length == "exact" else method.output_length
+    needs = ", ".join(method.needs) or "-"
+    return f"| `{method.name}` | {paper} | {method.place} | {needs} | {length} |"
+
+
+@pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)
+def test_every_method_has_its_row(method):
+    assert row(method) in README
+
+
+def test_no_row_is_left_over():
+    rows = re.findall(r"^\| `([\w+-]+)` \|", README, re.MULTILINE)
+    assert rows == [m.name for m in list_methods()]
+
+
+def test_python_example_runs(tmp_path, monkeypatch, capsys):
+    from tokensieve.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    main(["clips", "--out", "demo", "--count", "4"])
+    capsys.readouterr()
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text())
+    assert all((page.parent / link).exists() for link in links), links
+
+
+def test_every_command_of_the_readme_exists_and_the_other_way_round():
+    named = set(re.findall(r"^tokensieve (\w+)", README, re.MULTILINE))
+    assert named | {"demo"} == set(COMMANDS)
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", targets, re.MULTILINE)
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "\nmake test\n" in README
+
+
+def test_no_page_names_a_registry_host_or_a_local_path():
+    for page in [*PAGES, ROOT / "LOG.md", ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        assert not re.search(r"pypi\.org|files\.pythonhosted|/work/|/root/", page.read_text()), page
+
+
+def test_every_public_name_has_a_line_in_the_docs():
+    import tokensieve
+    from tokensieve import compression, datasets, errors
+    from tokensieve.pipeline import families
+
+    names = {*tokensieve.__all__, *compression.__all__, *datasets.__all__, *families.__all__} - {"__version__"}
+    names |= {name for name, value in vars(errors).items() if isinstance(value, type)}
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in sorted(names) if f"| `{name}` |" not in page] == []
