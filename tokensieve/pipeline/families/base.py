@@ -49,6 +49,7 @@ class Family:
     projector_path = "multi_modal_projector"
     join_frames = True  # a video given as images may be treated as one item
     forward_position_offset = 0  # what `forward` expects on top of what `generate` expects
+    causal_prompt = True  # earlier tokens never look at later ones, so a cached prompt may grow
 
     def layouts(
         self, base: nn.Module, modality: str, out, inputs: Mapping[str, Tensor], seen: Tensor

@@ -36,6 +36,7 @@ class Llava(Family):
 @register_family("paligemma")
 class PaliGemma(Llava):
     forward_position_offset = 1  # positions start at 1; `generate` adds that one by itself
+    causal_prompt = False
 
 
 @register_family("gemma3")

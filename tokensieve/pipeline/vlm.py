@@ -1,0 +1,268 @@
+"""What a user holds in the hand: a model, its processor, and the compression between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.compression import Method, Plan, check_keep, get_method, keep_all
+from tokensieve.errors import BadOption
+from tokensieve.pipeline.adapter import POSITIONS, VisualItem, VLMAdapter
+from tokensieve.pipeline.generation import generate_options, num_generated, num_sequences
+from tokensieve.pipeline.prompt import as_frames, check_question, run_processor, shows_video, user_turn
+from tokensieve.pipeline.results import Answer, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """A method with its budget: what `VLM.compress` sets.
+
+    Attributes:
+        method: the registered method.
+        keep: fraction in (0, 1] or number of tokens per image or video.
+        positions: "preserve" or "compact", see `VLMAdapter.emit`.
+        seed: of the generator that every item gets afresh, so that batches equal single calls.
+        options: the method's own options.
+    """
+
+    method: Method
+    keep: float | int
+    positions: str = "preserve"
+    seed: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        self.method.check_options(dict(self.options))
+        if self.positions not in POSITIONS:
+            raise BadOption(f"positions must be one of {POSITIONS}, got {self.positions!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise BadOption(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+
+    def select(self, item: VisualItem) -> Plan:
+        """The plan for one image or video."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.method(item.tokens, self.keep, generator=generator, **self.options)
+
+
+class VLM:
+    """A vision-language model that can look at fewer visual tokens.
+
+    Args:
+        model: a `*ForConditionalGeneration` of a supported family; it stays an ordinary transformers model.
+        processor: its processor; None if only `compress_inputs` is wanted.
+        name: shown in answers.
+
+    Raises:
+        UnsupportedModel: the family is not supported.
+
+    Example:
+        >>> vlm = tokensieve.load("tiny").compress("zoprune", keep=0.25)
+        >>> print(vlm.answer("clip.mp4", "Which digit is red?"))
+    """
+
+    def __init__(self, model: nn.Module, processor=None, name: str = ""):
+        self.model = model
+        self.processor = processor
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.adapter = VLMAdapter(model)
+        self.compression: Compression | None = None
+
+    def compress(
+        self,
+        method: str | None,
+        keep: float | int = 0.25,
+        *,
+        positions: str = "preserve",
+        seed: int = 0,
+        **options,
+    ) -> VLM:
+        """Sets the compression of all later calls and returns self; `compress(None)` takes it off.
+
+        Args:
+            method: a name from `tokensieve.list_methods()`.
+            keep: fraction in (0, 1] or whole number of tokens per image or video.
+            positions: "preserve" keeps the positions of kept tokens, "compact" renumbers.
+            seed: for methods that draw at random.
+            **options: the method's own options.
+
+        Raises:
+            BadOption: unknown method or option, or a value that is not allowed; what was set before stays.
+        """
+        if method is None:
+            self.compression = None
+        else:
+            self.compression = Compression(
+                method=get_method(method), keep=keep, positions=positions, seed=seed, options=options
+            )
+        return self
+
+    def compress_inputs(
+        self, inputs: Mapping[str, Tensor], *, target: str = "generate", frames_as_video: bool = False
+    ) -> Prepared:
+        """What the processor made, with visual tokens dropped; gradients reach the encoder if they are on.
+
+        Args:
+            inputs: the processor's output, with `labels` if a loss is wanted. Left as they are.
+            target: "generate" or "forward" (for `model(...)`, training included).
+            frames_as_video: treat all images of a prompt as frames of one video.
+
+        Raises:
+            BadOption: no `input_ids`, or placeholders and pixels that do not match.
+        """
+        if not isinstance(inputs.get("input_ids"), Tensor) or inputs["input_ids"].ndim != 2:
+            raise BadOption('inputs must hold "input_ids", a tensor [batch, length]; pass return_tensors="pt".')
+        inputs = {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        if target == "generate":  # some processors make labels whether wanted or not
+            inputs.pop("labels", None)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "encode", self.model.device):
+            items = self.adapter.encode(inputs, frames_as_video)
+        with _timed(seconds, "select", self.model.device):
+            plans = [self._select(item) for item in items]
+        return self._emit(inputs, items, plans, target=target, seconds=seconds)
+
+    def _select(self, item: VisualItem) -> Plan:
+        if self.compression is None:
+            return keep_all(len(item.tokens), item.features.device)
+        return self.compression.select(item)
+
+    def _emit(self, inputs, items, plans, *, target: str, seconds: dict[str, float]) -> Prepared:
+        pad = self.model.generation_config.pad_token_id
+        positions = self.compression.positions if self.compression else "preserve"
+        prepared = Prepared(
+            self.adapter.emit(
+                inputs, items, plans, positions=positions, target=target, pad_token_id=0 if pad is None else pad
+            )
+        )
+        prepared.items, prepared.plans, prepared.clips, prepared.seconds = items, plans, [], seconds
+        mask = inputs.get("attention_mask")
+        prepared.full_prompt_tokens = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).sum(-1).tolist()
+        return prepared
+
+    @torch.no_grad()
+    def prepare(self, media, question, **read_options) -> Prepared:
+        """Reads, encodes and selects: the keyword arguments for `model.generate`.
+
+        Args:
+            media: a path, `Frames`, PIL image or uint8 array; or a list of them for a batch.
+            question: a string, or one per medium.
+            **read_options: passed to `read_video` for paths; 8 frames unless told otherwise.
+
+        Raises:
+            BadOption: an empty batch, one of unequal lengths, one of images and videos, or a question that cannot
+                be asked.
+            MediaError: a medium that cannot be read.
+        """
+        media, questions = _batch(media, question)
+        if self.processor is None:
+            raise BadOption("This VLM has no processor.", hint="Pass one to VLM(...), or use compress_inputs.")
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "read"):
+            clips = [as_frames(m, **read_options) for m in media]
+        with _timed(seconds, "encode"):
+            turns = [
+                [user_turn(clip, q, shows_video(self.processor, clip))]
+                for clip, q in zip(clips, questions, strict=True)
+            ]
+            inputs = run_processor(self.processor, clips, turns)
+        joined = clips[0].num_frames > 1 and self.adapter.family.join_frames
+        prepared = self.compress_inputs(inputs, frames_as_video=joined)
+        prepared.clips = clips
+        prepared.seconds = {
+            "read": seconds["read"],
+            "encode": seconds["encode"] + prepared.seconds["encode"],
+            "select": prepared.seconds["select"],
+        }
+        return prepared
+
+    def answer(self, media, question, *, max_new_tokens: int = 64, read_options: Mapping | None = None, **generate):
+        """Answers a question about a video or image; with lists, a list of answers.
+
+        Args:
+            media: as in `prepare`.
+            question: as in `prepare`.
+            max_new_tokens: longest answer.
+            read_options: passed to `read_video`.
+            **generate: passed to `model.generate`; greedy unless told otherwise.
+
+        Returns:
+            `Answer`, or a list of them if `media` or `question` is a list. With `num_return_sequences` above 1
+            a list of that many answers stands in place of each.
+
+        Raises:
+            BadOption, MediaError: as `prepare`, or `max_new_tokens` is not a whole number above 0.
+        """
+        single = not isinstance(media, list) and not isinstance(question, list)
+        media, questions = _batch(media, question)
+        options = generate_options(self.model, max_new_tokens, generate)
+        if len(media) > 1 and max(num_sequences(self.model, options)) > 1:
+            # Beams over prompts of unequal length are wrong in some families (see RaggedFeatures): one by one.
+            batches = [([m], [q]) for m, q in zip(media, questions, strict=True)]
+        else:
+            batches = [(media, questions)]
+        answers = []
+        for batch in batches:
+            answers += self._generate(self.prepare(*batch, **(read_options or {})), options)
+        return answers[0] if single else answers
+
+    @torch.no_grad()
+    def _generate(self, prepared: Prepared, options: Mapping[str, object]) -> list:
+        seconds = dict(prepared.seconds)
+        with _timed(seconds, "generate", self.model.device):
+            out = self.model.generate(**prepared, **options)
+        ids = out if isinstance(out, Tensor) else out.sequences
+        new = ids[:, prepared["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        returned = len(new) // len(prepared.clips)
+        answers = [
+            Answer(
+                answer=text.strip(),
+                visual_tokens=prepared.visual_tokens(i // returned),
+                prompt_tokens=prepared.prompt_tokens[i // returned],
+                generated_tokens=num_generated(row, self.model, options),
+                seconds=dict(seconds),
+                model=self.name,
+                method=self.compression.method.name if self.compression else None,
+                keep=self.compression.keep if self.compression else 1.0,
+                notes=prepared.clips[i // returned].notes,
+            )
+            for i, (text, row) in enumerate(zip(texts, new, strict=True))
+        ]
+        return answers if returned == 1 else [answers[i : i + returned] for i in range(0, len(answers), returned)]
+
+
+def _batch(media, question) -> tuple[list, list[str]]:
+    """Media and questions as lists of one length; a single one of either is used for all."""
+    media_list = media if isinstance(media, list) else None
+    questions = question if isinstance(question, list) else None
+    count = len(media_list if media_list is not None else questions if questions is not None else [None])
+    media_list = [media] * count if media_list is None else media_list
+    questions = [question] * count if questions is None else questions
+    if len(media_list) != len(questions) or not media_list:
+        raise BadOption(
+            f"Need as many media as questions and at least one, got {len(media_list)} media and "
+            f"{len(questions)} questions."
+        )
+    for asked in questions:
+        check_question(asked)
+    return media_list, questions
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, device: torch.device | None = None):
+    """Adds the wall-clock seconds of the block, with the GPU's queue emptied at both ends."""
+
+    def now() -> float:
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + now() - start
