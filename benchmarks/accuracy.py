@@ -22,24 +22,16 @@ from rich.progress import track
 import tokensieve as ts
 from tokensieve.datasets.clip_files import clip_frames
 from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
-from tokensieve.pipeline.prompt import run_processor, user_turn
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 BATCH = 32  # clips
 
 
-def answers(vlm, inputs, items, keep, method) -> list[str]:
-    """Greedy answers of a batch whose items are encoded already."""
-    vlm.compress(method, keep)
-    prepared = vlm._emit(inputs, items, [vlm._select(item) for item in items], target="generate", seconds={})
+def answers(vlm, prepared, keep=1.0, method=None) -> list[str]:
+    """Greedy answers of a batch that is encoded already."""
+    prepared = vlm.compress(method, keep).reselect(prepared)
     ids = vlm.model.generate(**prepared, max_new_tokens=4, do_sample=False)
     return vlm.processor.batch_decode(ids[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def encode(vlm, frames, questions):
-    turns = [[user_turn(clip, question, as_video=True)] for clip, question in zip(frames, questions, strict=True)]
-    inputs = dict(run_processor(vlm.processor, frames, turns))
-    return inputs, vlm.adapter.encode(inputs)
 
 
 @torch.no_grad()
@@ -56,13 +48,12 @@ def evaluate(vlm, clips, settings) -> dict[tuple, Counter]:
                 for question, text in zip(asked, texts, strict=True):
                     score[setting][question.kind, text.strip() == question.answer] += 1
 
-            inputs, items = encode(vlm, frames, [q.text for q in asked])
+            prepared = vlm.prepare(frames, [q.text for q in asked])
             for method, keep in settings:
-                tally((method, keep), answers(vlm, inputs, items, keep, method))
+                tally((method, keep), answers(vlm, prepared, keep, method))
             grey = [ts.Frames(data=f.data * 0 + 90, times_s=f.times_s, duration_s=2.0, source="grey") for f in frames]
-            tally("image-blind: grey frames", answers(vlm, *encode(vlm, grey, [q.text for q in asked]), 1.0, None))
-            blank = ["?"] * len(asked)
-            tally("question-blind: asked “?”", answers(vlm, *encode(vlm, frames, blank), 1.0, None))
+            tally("image-blind: grey frames", answers(vlm, vlm.prepare(grey, [q.text for q in asked])))
+            tally("question-blind: asked “?”", answers(vlm, vlm.prepare(frames, ["?"] * len(asked))))
     return score
 
 
@@ -113,7 +104,7 @@ def report(clips, score, model: str, split: str) -> str:
     guess = " | ".join(f"{100 * chance(kind):.1f}" for kind in KINDS)
     return "\n".join(
         [
-            f"Model `{model}`, split `{split}`, {len(clips)} clips, {questions} questions, exact match of greedy answers.",
+            f"Model `{model}`, split `{split}`, {len(clips)} clips, {questions} questions, exact match, greedy.",
             f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32, batches of {BATCH} clips, "
             f"torch {torch.__version__}, transformers {transformers.__version__}, tokensieve {ts.__version__}.",
             "",

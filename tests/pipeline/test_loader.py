@@ -157,7 +157,7 @@ def test_pickled_weights_are_refused_unread(folder, suffix, tmp_path):
     weights(folder).unlink()
     marker = tmp_path / "marker"
     (folder / suffix).write_bytes(pickle.dumps(Bomb(marker)))
-    error = refused(folder, "pickled")
+    error = refused(folder, "are pickled")
     assert "save_pretrained" in error.hint and not marker.exists()
 
 
@@ -228,6 +228,14 @@ def test_missing_processor(folder, gone):
     for file in folder.glob("preprocessor_config.json"):
         file.unlink()
     refused(folder, "processor")
+
+
+def test_tokenizer_in_place_of_a_processor(folder, monkeypatch):
+    from transformers import AutoProcessor
+
+    tokenizer = shared_vlm("llava_onevision").processor.tokenizer
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: tokenizer)
+    refused(folder, "no processor for pictures")
 
 
 @pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json", "tokenizer_config.json"])

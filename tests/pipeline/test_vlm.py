@@ -468,3 +468,15 @@ def test_wrong_number_of_placeholders(small):
 def test_letters_are_what_an_answer_can_be_made_of(small):
     text = small.answer(noise(4), "what?", suppress_tokens=letters_only(small), **GREEDY).answer
     assert text.isalpha() and text.islower() and len(text) == NEW
+
+
+def test_reselect_is_prepare_without_encoding_again():
+    vlm, clips = make_vlm("llava_onevision"), [noise(4), noise(4, seed=1)]
+    first = vlm.compress("uniform", 0.5).prepare(clips, ["one", "a longer two"])
+    again = vlm.compress("random", 0.25, seed=3).reselect(first)
+    want = vlm.prepare(clips, ["one", "a longer two"])
+    assert torch.equal(again["input_ids"], want["input_ids"]) and again.clips is first.clips
+    assert all(torch.equal(a.kept, b.kept) for a, b in zip(again.plans, want.plans, strict=True))
+    features = [p["mm_encoder_outputs"]["video"].pooler_output for p in (again, want)]
+    assert torch.equal(*features)
+    assert again.seconds["encode"] == first.seconds["encode"]

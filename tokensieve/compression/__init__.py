@@ -8,6 +8,17 @@ from tokensieve.compression.registry import Method, get_method, list_methods, re
 from tokensieve.compression.tokens import Projector, TwoLayerMLP, VisualTokens, in_dtype_of_input
 
 __all__ = [
-    "Method", "Plan", "Projector", "TwoLayerMLP", "VisualTokens", "apply_plan", "check_keep", "get_method",
-    "in_dtype_of_input", "keep_all", "list_methods", "num_to_keep", "register_method",
+    "Method",
+    "Plan",
+    "Projector",
+    "TwoLayerMLP",
+    "VisualTokens",
+    "apply_plan",
+    "check_keep",
+    "get_method",
+    "in_dtype_of_input",
+    "keep_all",
+    "list_methods",
+    "num_to_keep",
+    "register_method",
 ]

@@ -94,7 +94,7 @@ def _device(device) -> torch.device:
     except (RuntimeError, TypeError):
         raise BadOption(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from None
     try:
-        usable = device.type != "meta" and torch.ones(1, device=device).item() == 1
+        usable = torch.ones(1, device=device).item() == 1
     except Exception:  # each backend raises its own when its library or hardware is missing
         usable = False
     if not usable:

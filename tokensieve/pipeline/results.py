@@ -17,6 +17,7 @@ class Prepared(dict):
     Good for one call: beam search changes what is inside.
 
     Attributes:
+        inputs: what the processor made.
         items: the visual items, as they were encoded.
         plans: which of their tokens stay, one plan an item.
         clips: the frames that were shown, if `prepare` read them.
@@ -24,6 +25,7 @@ class Prepared(dict):
         full_prompt_tokens: `[B]` prompt length before anything was dropped.
     """
 
+    inputs: dict[str, object]
     items: list[VisualItem]
     plans: list[Plan]
     clips: list[Frames]

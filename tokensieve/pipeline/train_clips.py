@@ -68,7 +68,9 @@ def branch_mask(num_prefix: int, branch_BQ: Tensor) -> Tensor:
 class ClipModule(L.LightningModule):
     """Trains language model, embeddings and newline on cached tokens; the tower stays as stage 1 left it."""
 
-    def __init__(self, model: nn.Module, tokenizer, *, lr: float, total_steps: int, seed: int = 0, compile: bool = False):
+    def __init__(
+        self, model: nn.Module, tokenizer, *, lr: float, total_steps: int, seed: int = 0, compile: bool = False
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
