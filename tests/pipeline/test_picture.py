@@ -14,14 +14,14 @@ def test_dropped_places_are_dimmed_and_kept_ones_untouched():
     mask[0, 0, 1] = True
     shown = draw_kept(frames, mask)
     assert np.array_equal(shown[0, :4, 4:], frames[0, :4, 4:])
-    assert shown[0, :, :4].max() < 60 and shown[1].max() < 60
+    assert shown[0, :, :4].max() < 90 and shown[1].max() < 90
     assert shown.shape == frames.shape and shown.dtype == np.uint8
 
 
 def test_token_frames_cover_several_pictures():
     frames = np.full((4, 6, 6, 3), 200, np.uint8)
     mask = np.array([[[True]], [[False]]])
-    assert [int(f.max()) for f in draw_kept(frames, mask)] == [200, 200, 44, 44]
+    assert [int(f.max()) for f in draw_kept(frames, mask)] == [200, 200, 70, 70]
 
 
 def test_raster_that_does_not_divide_the_picture():

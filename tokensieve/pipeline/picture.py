@@ -11,7 +11,7 @@ import numpy as np
 from tokensieve.compression import Plan
 from tokensieve.pipeline.adapter import VisualItem
 
-DIM = 0.22  # brightness of dropped places
+DIM = 0.35  # brightness of dropped places
 _PAPER, _INK, _FADED = (250, 250, 248), (30, 30, 34), (120, 120, 126)
 _GAP, _CAPTION = 6, 22  # pixels between pictures, and below one
 
