@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokensieve.datasets import clip_frames, make_clip, read_video, write_clips
-from tokensieve.datasets.clips import COLOURS, COUNTS, DIRECTIONS, FRAME_SIZE, KINDS, NUM_FRAMES, pick_question
+from tokensieve.datasets.clips import COLOURS, COUNTS, DIRECTIONS, FRAME_SIZE, KINDS, NUM_FRAMES
 from tokensieve.datasets.digits import SPLITS, digit_ids, glyphs
 from tokensieve.datasets.mosaic import IGNORE, NO_COLOUR, NO_DIGIT, make_mosaics
 from tokensieve.datasets.render import frame_times, render_clips
@@ -83,11 +83,6 @@ def test_every_kind_is_asked_and_its_answers_are_balanced():
         assert len(counts) == sizes.get(kind, 10)
         share = max(counts.values()) / sum(counts.values())
         assert share < 1.45 / sizes.get(kind, 10), f"{kind}: {counts.most_common(2)}"
-
-
-def test_pick_question_takes_turns():
-    clip = make_clip("test", 0)
-    assert [pick_question(clip, i) for i in range(4)] == list(clip.questions)
 
 
 def test_digits_of_a_sequence_show_up_one_at_a_time():

@@ -103,11 +103,6 @@ def make_clip(split: str, index: int, seed: int = 0) -> Clip:
     )
 
 
-def pick_question(clip: Clip, index: int) -> Question:
-    """One question of a clip, taken in turn so that a run of clips asks all kinds equally often."""
-    return clip.questions[index % len(clip.questions)]
-
-
 def _crowd(rng: np.random.Generator, glyph_ids, count: int) -> list[Mover] | None:
     labels = rng.permutation(10)[:count]
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:count]]
