@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_command_of_the_readme_exists_and_the_other_way_round():
-    blocks = "".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))
+    blocks = "".join(re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE))
     named = set(re.findall(r"^tokensieve (\w+)", blocks, re.MULTILINE))
     assert named | {"demo"} == set(COMMANDS)
 
