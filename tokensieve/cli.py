@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [word for word in argv if not word.startswith("-")][:2]
     parser = build_parser(wanted)
     try:
+        if any(word.startswith("--config") for word in argv):
+            from tokensieve.commands.config_file import check_config_files
+
+            check_config_files(argv)
         options = parser.parse_args(argv)
         if not wanted:
             parser.print_help()

@@ -134,6 +134,34 @@ def test_unknown_key_in_a_file(clip, tmp_path, capsys):
     assert "metod" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keep: 0.5\nkeep: 0.1\n", "gives 'keep' twice"),
+        ("options:\n  step: 1\n  step: 2\n", "gives 'step' twice"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases"),
+        ("keep: [0.5\n", "not a YAML file"),
+        ("\x00\x01", "not a YAML file"),
+        ("[" * 100_000, "not a YAML file"),
+        ("#" * 1_000_001, "1000001 bytes"),
+        ("- 1\n- 2\n", "config"),
+    ],
+    ids=["twice", "twice inside", "aliases", "broken", "binary", "deep", "large", "no mapping"],
+)
+def test_files_that_are_refused(text, words, clip, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    assert main(["answer", clip, "What?", "--config", str(config)]) == 2
+    assert main(["answer", clip, "What?", f"--config={config}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count(words) >= 2 and "Traceback" not in err
+
+
+def test_no_options_are_fetched(clip, capsys):
+    assert main(["answer", clip, "What?", "--config", "http://127.0.0.1:9/run.yaml"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
 def test_methods_lists_the_registry(capsys):
     assert main(["methods", "--json"]) == 0
     assert [r["name"] for r in records(capsys)] == [m.name for m in list_methods()]
