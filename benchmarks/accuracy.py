@@ -25,6 +25,7 @@ from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 BATCH = 32  # clips
+NUM_GUESSED = 4000  # clips for the baselines that need no model
 
 
 def answers(vlm, prepared, keep=1.0, method=None) -> list[str]:
@@ -52,8 +53,8 @@ def evaluate(vlm, clips, settings) -> dict[tuple, Counter]:
             for method, keep in settings:
                 tally((method, keep), answers(vlm, prepared, keep, method))
             grey = [ts.Frames(data=f.data * 0 + 90, times_s=f.times_s, duration_s=2.0, source="grey") for f in frames]
-            tally("image-blind: grey frames", answers(vlm, vlm.prepare(grey, [q.text for q in asked])))
-            tally("question-blind: asked “?”", answers(vlm, vlm.prepare(frames, ["?"] * len(asked))))
+            tally("image-blind: the model sees grey frames", answers(vlm, vlm.prepare(grey, [q.text for q in asked])))
+            tally("question-blind: the model is asked “?”", answers(vlm, vlm.prepare(frames, ["?"] * len(asked))))
     return score
 
 
@@ -68,6 +69,16 @@ def prior(clips, train_clips: int = 5000) -> Counter:
         for q in clip.questions:
             guess = seen[q.text].most_common(1)[0][0] if q.text in seen else ""
             score[q.kind, guess == q.answer] += 1
+    return score
+
+
+def blind_oracle(clips) -> Counter:
+    """What seeing everything is worth without the question: a true answer about the clip, drawn at random."""
+    score = Counter()
+    for clip in clips:
+        for q in clip.questions:
+            for guess in clip.questions:
+                score[q.kind, guess.answer == q.answer] += 1
     return score
 
 
@@ -100,7 +111,9 @@ def report(clips, score, model: str, split: str) -> str:
     lines = [row("all tokens", "1", score[s]) for s in full]
     lines += [row(s[0], f"{s[1]:g}", score[s]) for s in sorted(rest, key=lambda s: (-s[1], s[0]))]
     lines += [row(s, "1", score[s]) for s in blind]
-    lines.append(row("image-blind: most frequent answer to the question", "-", prior(clips)))
+    many = [make_clip(split, i) for i in range(NUM_GUESSED)]
+    lines.append(row(f"image-blind: most frequent answer to the question ({NUM_GUESSED} clips)", "-", prior(many)))
+    lines.append(row(f"question-blind: any true answer about the clip ({NUM_GUESSED} clips)", "-", blind_oracle(many)))
     guess = " | ".join(f"{100 * chance(kind):.1f}" for kind in KINDS)
     return "\n".join(
         [

@@ -38,7 +38,7 @@ def test_the_shipped_model_sees(accuracy):
 def test_report_has_a_row_for_every_setting(accuracy):
     clips = [make_clip("test", i) for i in range(12)]
     right = Counter({(kind, True): 3 for kind in KINDS} | {(kind, False): 1 for kind in KINDS})
-    score = {(None, 1.0): right, ("zoprune", 0.25): right, "image-blind: grey frames": right}
+    score = {(None, 1.0): right, ("zoprune", 0.25): right, "image-blind: the model sees grey frames": right}
     text = accuracy.report(clips, score, "tiny", "test")
     assert "| zoprune | 0.25 | **75.0** (" in text and text.count("| 75.0") == 3 * len(KINDS)
-    assert text.count("\n| ") == 3 + 2 + 1  # settings, two rows of guesses, head
+    assert text.count("\n| ") == 3 + 3 + 1  # settings, three rows of guesses, head
