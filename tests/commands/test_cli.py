@@ -142,7 +142,7 @@ def test_unknown_key_in_a_file(clip, tmp_path, capsys):
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases"),
         ("keep: [0.5\n", "not a YAML file"),
         ("\x00\x01", "not a YAML file"),
-        ("[" * 100_000, "not a YAML file"),
+        ("[" * 100_000, "levels deep"),
         ("#" * 1_000_001, "1000001 bytes"),
         ("- 1\n- 2\n", "config"),
     ],

@@ -10,14 +10,15 @@ import yaml
 from tokensieve.errors import BadOption
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 20  # options are two levels deep; the time to read YAML grows with the square of its depth
 
 
 def check_config_files(argv: Sequence[str]) -> None:
     """Checks every file given as `--config FILE` or `--config=FILE`; one that is not there is left to the parser.
 
     Raises:
-        BadOption: larger than 1 MB, not YAML, an alias (nine lines of them can fill any memory), or a key given
-            twice (YAML would take the last one).
+        BadOption: larger than 1 MB, not YAML, nested too deep, an alias (nine lines of them can fill any memory),
+            or a key given twice (YAML would take the last one).
     """
     paths = [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
     paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
@@ -31,10 +32,15 @@ def _check(path: Path) -> None:
         raise BadOption(f"The options in {str(path)!r} take {path.stat().st_size} bytes; {MAX_BYTES} are allowed.")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise BadOption(f"{str(path)!r} has YAML aliases (*name).", hint="Write the value out.")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise BadOption(f"{str(path)!r} has YAML aliases (*name).", hint="Write the value out.")
+            if depth > MAX_DEPTH:
+                raise BadOption(f"{str(path)!r} is nested more than {MAX_DEPTH} levels deep.")
         _check_keys(yaml.compose(text, yaml.SafeLoader), path)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    except (yaml.YAMLError, UnicodeDecodeError):
         raise BadOption(f"{str(path)!r} is not a YAML file.", hint="Write one `option: value` a line.") from None
 
 
