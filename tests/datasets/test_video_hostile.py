@@ -8,6 +8,7 @@ import threading
 import time
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
@@ -312,3 +313,19 @@ def test_times_far_apart_do_not_overflow(tmp_path):
     path = encode(tmp_path / "far.mkv", pictures(3), pts=[0, 1, 2**40], time_base=Fraction(1, 1000))
     assert read_video(path, num_frames=2).times_s[-1] == pytest.approx(2**40 / 1000)
     refused(path, MediaTooLarge, fps=1000)
+
+
+def test_metadata_that_is_no_text(tmp_path):
+    """A title in a broken encoding says nothing about the pictures."""
+    path = tmp_path / "title.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "TITLETITLE"
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    assert b"TITLETITLE" in data
+    path.write_bytes(data.replace(b"TITLETITLE", b"\xff\xfe\xfd\xfc\xff\xfe\xfd\xfc\xff\xfe"))
+    assert read_video(path).num_frames == 8

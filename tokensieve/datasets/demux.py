@@ -63,11 +63,13 @@ def open_container(source: Source) -> Iterator:
     """A PyAV container for `source`, restricted to one demuxer, local files and known decoders."""
     import av
 
+    # PyAV 19 no longer decodes metadata strictly, and no longer takes the argument.
+    lenient = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         container = av.open(
             source.path,
             format=source.reader,
-            metadata_errors="ignore",
+            **lenient,
             options={
                 "protocol_whitelist": "file",
                 "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,ogg,asf,mpeg,mpegts,gif",
