@@ -62,8 +62,21 @@ def test_seen_area_follows_the_crop():
 
 def test_contact_sheet_has_room_for_all():
     frames = np.full((5, 20, 40, 3), 120, np.uint8)
-    tiles = captioned_frames(frames, np.ones((5, 2, 2), bool), times_s=np.arange(5.0), width=80)
+    tiles = captioned_frames(frames, np.ones((5, 2, 2), bool), labels=list("abcde"), width=80)
     assert tiles.shape == (5, 40 + 22, 80, 3)
     sheet = contact_sheet(tiles, "two lines\nof title", columns=4)
     assert sheet.width >= 4 * 80 and sheet.height >= 2 * 62 + 44
     assert contact_sheet(tiles[:1], "a title much wider than its only picture").width > 200
+
+
+def test_of_a_tiled_image_only_the_view_of_the_whole_is_drawn():
+    from tests.pipeline.tiny_processors import make_vlm, noise
+    from tokensieve.commands.show import _masks
+
+    vlm = make_vlm("internvl").compress("uniform", 0.5)
+    prepared = vlm.prepare(noise(1, height=16, width=48), "what?")
+    (item,) = prepared.items
+    assert len(item.tokens.grids) > 2
+    (mask,) = _masks(prepared)
+    whole = item.tokens.crop[prepared.plans[0].kept] == 0
+    assert mask.sum() == whole.sum()

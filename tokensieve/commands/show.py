@@ -9,6 +9,8 @@ import numpy as np
 from tokensieve.commands.output import load_compressed, print_json, read_options
 from tokensieve.errors import BadOption
 
+VIEWS = ("whole view", "high-resolution view")
+
 
 def run(options) -> int:
     for path in options.out:
@@ -52,12 +54,13 @@ def draw(vlm, prepared, out: list[str], title: str = "") -> None:
     tokens = prepared.visual_tokens(0)
     method = f" by {vlm.compression.method.name}" if vlm.compression else ""
     title = f"{title}{tokens['kept']} of {tokens['full']} visual tokens kept{method}"
-    # A video is one raster of many frames; an image has a raster per view, all drawn over the whole picture.
+    # A video is one raster of many frames; an image has one or two that span it.
     rasters = _masks(prepared)
     if clip.num_frames > 1:
-        tiles = [captioned_frames(frames, rasters[0], times_s=clip.times_s)]
+        tiles = [captioned_frames(frames, rasters[0], labels=[f"{t:.2f} s" for t in clip.times_s])]
     else:
-        tiles = [captioned_frames(frames, mask) for mask in rasters]
+        names = VIEWS[: len(rasters)]
+        tiles = [captioned_frames(frames, mask, labels=[name]) for name, mask in zip(names, rasters, strict=True)]
     tiles = np.concatenate(tiles)
     for path in out:
         if Path(path).suffix == ".png":
@@ -71,8 +74,16 @@ def _masks(prepared) -> list[np.ndarray]:
     from tokensieve.pipeline.picture import kept_masks
 
     mine = [(i, p) for i, p in zip(prepared.items, prepared.plans, strict=True) if i.row == 0]
-    masks = [mask for item, plan in mine for mask in kept_masks(item, plan)]
+    masks = [mask for item, plan in mine for mask in _whole_views(item, kept_masks(item, plan))]
     clip = prepared.clips[0]
     if clip.num_frames > 1 and len(mine) == clip.num_frames:  # frames that stayed separate images: their base views
         masks = [np.concatenate([kept_masks(item, plan)[0] for item, plan in mine])]
     return masks
+
+
+def _whole_views(item, masks: list[np.ndarray]) -> list[np.ndarray]:
+    """Only rasters that span the whole picture can be drawn over it: of tiles, the view of the whole (crop 0)."""
+    if len(masks) <= len(VIEWS):
+        return masks
+    firsts = [0, *np.cumsum([mask.size for mask in masks])[:-1]]
+    return [mask for mask, first in zip(masks, firsts, strict=True) if item.tokens.crop[first] == 0]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,14 +55,14 @@ def draw_kept(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def captioned_frames(
-    frames: np.ndarray, mask: np.ndarray, *, times_s: np.ndarray | None = None, width: int = 240
+    frames: np.ndarray, mask: np.ndarray, *, labels: Sequence[str] = (), width: int = 240
 ) -> np.ndarray:
-    """Every frame with its dropped places dimmed and, below it, its time and how many tokens it kept.
+    """Every frame with its dropped places dimmed and, below it, its label and how many tokens it kept.
 
     Args:
         frames: `[T, H, W, 3]` uint8.
         mask: `[t, h, w]` bool.
-        times_s: `[T]` seconds; frame numbers stand in for them when left out.
+        labels: a word for each frame, its time for one; frame numbers when left out.
         width: pixels each frame is shown at.
 
     Returns:
@@ -78,8 +79,7 @@ def captioned_frames(
         tile.paste(Image.fromarray(picture).resize((width, height), resample))
         draw = ImageDraw.Draw(tile)
         token_frame = mask[i * len(mask) // len(frames)]
-        when = f"{times_s[i]:.2f} s" if times_s is not None else f"frame {i}"
-        draw.text((2, height + 3), when, fill=_FADED, font=font)
+        draw.text((2, height + 3), labels[i] if labels else f"frame {i}", fill=_FADED, font=font)
         count = f"{int(token_frame.sum())} of {token_frame.size}"
         draw.text((width - 2, height + 3), count, fill=_INK, font=font, anchor="ra")
         tiles.append(np.asarray(tile))
