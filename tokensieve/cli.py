@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted. With several media the others are still done and the code is that of the last failure.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    wanted = [word for word in argv if not word.startswith("-")][:2]
+    wanted = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(wanted)
     try:
         if any(word.startswith("--config") for word in argv):
@@ -41,15 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             check_config_files(argv)
         options = parser.parse_args(argv)
-        if not wanted:
+        if wanted is None:
             parser.print_help()
             return 0
-        command, options = options.subcommand, options[options.subcommand]
-        if command == "train":
-            return TRAINERS[options.subcommand].run(options[options.subcommand])
-        return COMMANDS[command].run(options)
+        return _dispatch(COMMANDS, options)
     except ArgumentError as error:
-        print(f"tokensieve: {error}{_suggestion(str(error), parser, wanted)}", file=sys.stderr)
+        print(f"tokensieve: {error}{_suggestion(str(error), wanted)}", file=sys.stderr)
         return BadOption.exit_code
     except TokensieveError as error:
         _report(error, as_json="--json" in argv)
@@ -62,8 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def build_parser(wanted: Sequence[str] = ()) -> ArgumentParser:
-    """The parser, with the options of the wanted command only (all, if none is named)."""
+def _dispatch(commands: Mapping[str, Command], options: Namespace) -> int:
+    return commands[options.subcommand].run(options[options.subcommand])
+
+
+def build_parser(wanted: str | None) -> ArgumentParser:
+    """The parser, with the options of the wanted command only."""
     parser = ArgumentParser(
         prog="tokensieve",
         description="Vision-language models that look at fewer visual tokens and keep their answers.",
@@ -74,18 +76,18 @@ def build_parser(wanted: Sequence[str] = ()) -> ArgumentParser:
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False)
         commands.add_subcommand(name, sub, help=command.help)
-        if name in wanted[:1]:
+        if name == wanted:
             command.add_options(sub)
     return parser
 
 
-def _suggestion(message: str, parser: ArgumentParser, wanted: Sequence[str]) -> str:
+def _suggestion(message: str, wanted: str | None) -> str:
     """' Did you mean --keep?' for the first unknown option in an error message."""
     given = re.search(r"--[\w.-]+", message)
-    if not given or not wanted or wanted[0] not in COMMANDS:
+    if not given or wanted not in COMMANDS:
         return ""
     sub = ArgumentParser(exit_on_error=False)
-    COMMANDS[wanted[0]].add_options(sub)
+    COMMANDS[wanted].add_options(sub)
     near = difflib.get_close_matches(given.group(), [s for a in sub._actions for s in a.option_strings], n=1)
     return f" Did you mean {near[0]}?" if near and near[0] != given.group() else ""
 
@@ -196,7 +198,7 @@ COMMANDS = {
     "show": Command("draw what the model still looks at", _show_options, _lazy("show")),
     "methods": Command("list the compression methods", _common, _lazy("methods")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
-    "train": Command("train a model", _train_options, lambda options: 0),
+    "train": Command("train a model", _train_options, partial(_dispatch, TRAINERS)),
 }
 
 

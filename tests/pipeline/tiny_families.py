@@ -261,6 +261,7 @@ def _qwen_sample(modality: str, grid: tuple[int, int, int], patch: int, one_bloc
 
 
 _QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=BOUNDARY, vision_end_token_id=91)
+_QWEN_VISION = dict(hidden_size=24, out_hidden_size=32, intermediate_size=32, depth=2, num_heads=2, patch_size=4)
 _QWEN_TEXT = {k: v for k, v in TEXT.items() if k not in ("bos_token_id",)} | {"rope_parameters": _MROPE}
 
 
@@ -277,12 +278,7 @@ def _qwen2_5_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = dict(
-        hidden_size=24,
-        out_hidden_size=32,
-        intermediate_size=32,
-        depth=2,
-        num_heads=2,
-        patch_size=4,
+        **_QWEN_VISION,
         window_size=32,
         fullatt_block_indexes=[1],
         tokens_per_second=2,
@@ -297,12 +293,7 @@ def _qwen3_vl():
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     vision = dict(
-        hidden_size=24,
-        out_hidden_size=32,
-        intermediate_size=32,
-        depth=2,
-        num_heads=2,
-        patch_size=4,
+        **_QWEN_VISION,
         num_position_embeddings=64,
         deepstack_visual_indexes=[0, 1],
     )

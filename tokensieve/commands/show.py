@@ -20,16 +20,15 @@ def run(options) -> int:
             raise BadOption(f"--out names a file in a folder that does not exist: {path!r}.", hint="Create it first.")
     vlm = load_compressed(options)
     prepared = vlm.prepare(options.clip, options.question, **read_options(options))
-    draw(vlm, prepared, options.out, title=f"{Path(options.clip).name}: ")
+    masks = draw(vlm, prepared, options.out, title=f"{Path(options.clip).name}: ")
     tokens = prepared.visual_tokens(0)
-    counts = [mask.sum((1, 2)).tolist() for mask in _masks(prepared)]
     if options.json:
         print_json(
             {
                 "clip": options.clip,
                 "out": options.out,
                 "visual_tokens": tokens,
-                "kept_per_frame": counts,
+                "kept_per_frame": [mask.sum((1, 2)).tolist() for mask in masks],
                 "seconds": prepared.seconds,
                 "model": vlm.name,
                 "method": options.method,
@@ -44,8 +43,8 @@ def run(options) -> int:
     return 0
 
 
-def draw(vlm, prepared, out: list[str], title: str = "") -> None:
-    """Writes the pictures of the first prompt of a prepared batch."""
+def draw(vlm, prepared, out: list[str], title: str = "") -> list[np.ndarray]:
+    """Writes the pictures of the first prompt of a prepared batch; returns the rasters it drew, `[t, h, w]` bool."""
     from tokensieve.datasets import write_video
     from tokensieve.pipeline.picture import captioned_frames, contact_sheet, seen_area
 
@@ -68,6 +67,7 @@ def draw(vlm, prepared, out: list[str], title: str = "") -> None:
         else:
             spacing_s = float(np.diff(clip.times_s).mean()) if clip.num_frames > 1 else 1.0
             write_video(path, tiles, fps=min(30.0, max(0.5, 1 / (spacing_s or 1.0))))
+    return rasters
 
 
 def _masks(prepared) -> list[np.ndarray]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def muon_adamw(module: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
@@ -24,6 +25,18 @@ def muon_adamw(module: nn.Module, lr: float, weight_decay: float = 0.01) -> list
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98)),
     ]
+
+
+def take_step(module: L.LightningModule, loss: Tensor, max_norm: float | None = None) -> None:
+    """One step of all optimizers and schedules of a manually optimised module, gradients clipped if asked."""
+    for optimizer in module.optimizers():
+        optimizer.zero_grad()
+    module.manual_backward(loss)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    for optimizer, schedule in zip(module.optimizers(), module.lr_schedulers(), strict=True):
+        optimizer.step()
+        schedule.step()
 
 
 def warm_up_then_cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup: float = 0.05):

@@ -22,7 +22,6 @@ class Prepared(dict):
         plans: which of their tokens stay, one plan an item.
         clips: the frames that were shown, if `prepare` read them.
         seconds: time spent on "read", "encode" and "select", for the whole batch.
-        full_prompt_tokens: `[B]` prompt length before anything was dropped.
     """
 
     inputs: dict[str, object]
@@ -30,12 +29,18 @@ class Prepared(dict):
     plans: list[Plan]
     clips: list[Frames]
     seconds: dict[str, float]
-    full_prompt_tokens: list[int]
 
     @property
     def prompt_tokens(self) -> list[int]:
         """`[B]` prompt length that the language model sees, text and visual tokens."""
         return self["attention_mask"].sum(-1).tolist()
+
+    @property
+    def full_prompt_tokens(self) -> list[int]:
+        """`[B]` prompt length before anything was dropped."""
+        mask = self.inputs.get("attention_mask")
+        ids = self.inputs["input_ids"]
+        return [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
 
     def visual_tokens(self, row: int) -> dict[str, int]:
         """Visual tokens of one prompt, structural tokens included: `{"full": ..., "kept": ...}`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokensieve.datasets.clips import Clip, make_clip
 from tokensieve.datasets.render import render_clips
-from tokensieve.pipeline.optim import muon_adamw, warm_up_then_cosine
+from tokensieve.pipeline.optim import muon_adamw, take_step, warm_up_then_cosine
 
 IGNORE = -100
 KEEPS, KEEP_ODDS = (1.0, 0.5, 0.2, 0.08), (0.4, 0.2, 0.2, 0.2)  # few values: each is compiled once
@@ -111,13 +111,7 @@ class ClipModule(L.LightningModule):
         keep = KEEPS[int(torch.multinomial(torch.tensor(KEEP_ODDS), 1, generator=self.generator))]
         logits, targets, _ = self.answer_logits(*batch, keep)
         loss = F.cross_entropy(logits, targets)
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
-            optimizer.step()
-            schedule.step()
+        take_step(self, loss, max_norm=1.0)
         self.log("loss", loss.detach(), prog_bar=True)
 
     def validation_step(self, batch: tuple[Tensor, Branches], _) -> None:

@@ -1,7 +1,7 @@
 """The recipe of the shipped model: a tower on mosaics, then a language model on clips.
 
 Stage by stage, each leaving a folder that the next one reads, so that a run can be resumed at a stage:
-`OUT/tower` (stage 1), `OUT/model` (stage 2, the shipped one), `OUT/*.csv` (logs).
+`OUT/tower` (stage 1), `OUT/model` (stage 2, the shipped one), `OUT/logs/STAGE/metrics.csv`.
 """
 
 from __future__ import annotations

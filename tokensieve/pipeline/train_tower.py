@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokensieve.datasets.clips import COLOURS
 from tokensieve.datasets.mosaic import IGNORE, NO_DIGIT, Mosaic, make_mosaics
-from tokensieve.pipeline.optim import muon_adamw, warm_up_then_cosine
+from tokensieve.pipeline.optim import muon_adamw, take_step, warm_up_then_cosine
 
 
 class TowerModule(L.LightningModule):
@@ -57,13 +57,7 @@ class TowerModule(L.LightningModule):
 
     def training_step(self, mosaic: Mosaic, _) -> None:
         loss, facts = self.losses(mosaic)
-        optimizers = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer, schedule in zip(optimizers, self.lr_schedulers(), strict=True):
-            optimizer.step()
-            schedule.step()
+        take_step(self, loss)
         self.log_dict({"loss": loss.detach(), "train_digit": facts["pooled_digit"]}, prog_bar=True)
 
     def validation_step(self, mosaic: Mosaic, _) -> None:

@@ -142,8 +142,6 @@ class VLM:
         )
         prepared.inputs, prepared.items, prepared.plans = inputs, items, plans
         prepared.clips, prepared.seconds = [], seconds
-        mask = inputs.get("attention_mask")
-        prepared.full_prompt_tokens = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).sum(-1).tolist()
         return prepared
 
     @torch.no_grad()
