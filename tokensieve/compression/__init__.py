@@ -3,14 +3,19 @@
 # Importing a method's module registers it.
 from tokensieve.compression import divprune, evs, norm_diversity, random_subset, uniform, zoprune  # noqa: F401
 from tokensieve.compression.budget import check_keep, num_to_keep
-from tokensieve.compression.plan import Plan, apply_plan, keep_all
+from tokensieve.compression.plan import Merge, Plan, apply_plan, keep_all, merge_plan
 from tokensieve.compression.registry import Method, get_method, list_methods, register_method
-from tokensieve.compression.tokens import Projector, TwoLayerMLP, VisualTokens, in_dtype_of_input
+from tokensieve.compression.tokens import Projector, Question, TwoLayerMLP, VisualTokens, in_dtype_of_input
+from tokensieve.compression.tower_view import TowerLayer, TowerView
 
 __all__ = [
+    "Merge",
     "Method",
     "Plan",
     "Projector",
+    "Question",
+    "TowerLayer",
+    "TowerView",
     "TwoLayerMLP",
     "VisualTokens",
     "apply_plan",
@@ -19,6 +24,7 @@ __all__ = [
     "in_dtype_of_input",
     "keep_all",
     "list_methods",
+    "merge_plan",
     "num_to_keep",
     "register_method",
 ]

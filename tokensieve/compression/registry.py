@@ -16,7 +16,18 @@ from tokensieve.errors import BadOption
 
 PLACES = ("tower", "projector", "decoder")
 EFFECTS = ("prunes", "merges")
-NEEDS = ("features", "projector", "frames")
+NEEDS = ("features", "projector", "frames", "tower", "question", "attention", "keys", "policy")
+
+_RECORDED = "It is recorded for methods that need it: set the method before VLM.prepare, or give its `needs`."
+# Parts of `VisualTokens` that may be missing: what they are called, and what to do without.
+_EVIDENCE = {
+    "projector": (
+        "projector and its input",
+        "Use 'norm-diversity' or 'divprune', which look at the features only.",
+    ),
+    "tower": ("attention of the vision tower", _RECORDED),
+    "question": ("question", _RECORDED),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +36,16 @@ class Method:
 
     Attributes:
         name: as users type it.
-        fn: `fn(tokens, num_keep, *, generator=None, **options) -> Plan`.
+        fn: at the projector `fn(tokens, num_keep, *, generator=None, **options) -> Plan`. In the tower and in the
+            decoder `fn(*, **options)` makes a stage: see `compression/tower_stage.py`, `compression/decoder_stage.py`.
         title: paper title, or what the baseline does.
         url: where to read it ("" for a plain baseline).
         place: where tokens leave: "tower", "projector" or "decoder".
         effect: "prunes" or "merges".
-        needs: what it looks at: any of "features", "projector", "frames"; () for only how many there are.
+        needs: what it looks at: "features" (the tokens themselves), "projector" (and what enters it), "frames"
+            (a video's raster), "tower" (attention or keys of the vision tower, for methods at the projector),
+            "attention" or "keys" (of the layers it works in), "question", "policy" (a trained scorer);
+            () for only how many tokens there are.
         output_length: "exact", or a sentence that says how the count may differ from the budget.
         licence: licence of the official code, "" if there is none.
         differs: what we do differently from the official code.
@@ -46,6 +61,11 @@ class Method:
     output_length: str = "exact"
     licence: str = ""
     differs: str = ""
+
+    @property
+    def question_aware(self) -> bool:
+        """Whether another question may keep other tokens."""
+        return "question" in self.needs
 
     def options(self) -> dict[str, object]:
         """The method's own keyword options and their defaults."""
@@ -66,13 +86,22 @@ class Method:
         and autocast is off, because methods choose float32 where they need it.
 
         Raises:
-            BadOption: `keep` is out of range, an option is not one of `options()`, or the method looks at
-                features and some are NaN or infinite.
+            BadOption: `keep` is out of range, an option is not one of `options()`, the method works in another
+                place, it needs something that these tokens come without, or it looks at features and some are
+                NaN or infinite.
         """
+        if self.place != "projector":
+            raise BadOption(
+                f"{self.name!r} works in the {self.place}, not on a set of visual tokens.",
+                hint="Use VLM.compress, or compress_tower for a bare vision tower.",
+            )
         self.check_options(options)
         num_keep = num_to_keep(keep, len(tokens))
         if num_keep == len(tokens):
             return keep_all(len(tokens), tokens.features.device)
+        for need, (words, hint) in _EVIDENCE.items():
+            if need in self.needs and getattr(tokens, need) is None:
+                raise BadOption(f"{self.name!r} needs the {words}, and these tokens come without.", hint=hint)
         device = tokens.features.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if "features" in self.needs and not tokens.features.isfinite().all():

@@ -1,7 +1,7 @@
 """What a compression method looks at: the visual tokens of one image or video."""
 
 # Shape legend: N visual tokens, D width of the language model, P rows entering the projector,
-#               V width of the vision tower, H hidden width of the projector, T frames
+#               V width of the vision tower, H hidden width of the projector, T frames, M text tokens, C channels
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from tokensieve.compression.tower_view import TowerView
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,15 +42,37 @@ class Projector:
     `inputs` is `[P, V]`, or `[P, G, V]` where the projector joins G neighbouring patches into one
     token. `fn` maps `[..., P, V]` (or `[..., P, G, V]`) to `[..., P, D]` and computes in the dtype of
     its argument, because methods probe in float32 whatever the model's dtype (`in_dtype_of_input` makes
-    such a function of a module). `to_tokens` carries one number per projector row, `[P]`, to one per
-    visual token, `[N]`; it is the identity unless tokens are pooled, re-ordered or re-packed after
-    projection.
+    such a function of a module). `to_tokens` carries numbers per projector row, `[P]` or `[P, C]`, to
+    numbers per visual token, `[N]` or `[N, C]`; it is the identity (`one_row_per_token`) unless tokens are
+    pooled, re-ordered or re-packed after projection.
     """
 
     inputs: Tensor
     fn: Callable[[Tensor], Tensor]
     to_tokens: Callable[[Tensor], Tensor]
     mlp: TwoLayerMLP | None = None
+
+    @property
+    def one_row_per_token(self) -> bool:
+        """Whether row i of the projector is visual token i, so that merging may happen before it."""
+        return self.to_tokens is identity
+
+
+def identity(values: Tensor) -> Tensor:
+    """`to_tokens` of families whose projector rows are the visual tokens."""
+    return values
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What was asked: the text, where it is known, and the embeddings of the prompt's text tokens.
+
+    `embeds` is `[M, D]`, the language model's own input embeddings of the M text tokens of the prompt in reading
+    order (special tokens and placeholders left out), so they live in the space of `VisualTokens.features`.
+    """
+
+    embeds: Tensor
+    text: str | None = None
 
 
 def in_dtype_of_input(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -83,6 +107,9 @@ class VisualTokens:
             zeros for videos and plain images.
         times_s: `[T]` seconds of each token frame of a video, or None.
         projector: the projector and its inputs, or None where the family hides them.
+        tower: queries, keys and hidden states of the vision tower's last layers, or None: they are recorded only
+            for methods that need "tower".
+        question: what was asked, or None: it is recorded only for methods that need "question".
     """
 
     features: Tensor
@@ -90,6 +117,8 @@ class VisualTokens:
     crop: Tensor
     times_s: Tensor | None = None
     projector: Projector | None = None
+    tower: TowerView | None = None
+    question: Question | None = None
 
     def __post_init__(self) -> None:
         covered = sum(t * h * w for t, h, w in self.grids)

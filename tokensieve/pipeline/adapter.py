@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tokensieve.compression import Plan, Projector, VisualTokens
+from tokensieve.compression import Plan, Projector, VisualTokens, apply_plan
+from tokensieve.compression.tokens import identity
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.families import family_of
 
@@ -64,6 +65,25 @@ class VisualItem:
         stays = torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device)
         stays[self.candidates] = plan.mask().to(stays.device)
         return stays.nonzero().squeeze(1)
+
+    def kept_features(self, plan: Plan) -> Tensor:
+        """`[k, D]`, what the language model gets at `kept(plan)`: merged tokens among them, gradients included."""
+        return self._carried(self.features, plan, self.tokens.projector)
+
+    def kept_deepstack(self, plan: Plan) -> tuple[Tensor, ...]:
+        """One `[k, D]` tensor per deepstack layer, merged as the features are."""
+        return tuple(self._carried(layer, plan, None) for layer in self.deepstack)
+
+    def _carried(self, values: Tensor, plan: Plan, projector: Projector | None) -> Tensor:
+        places = self.kept(plan)
+        if plan.merge is None:
+            return values[places]
+        if plan.merge.before_projector and projector is not None and projector.one_row_per_token:
+            merged = projector.fn(apply_plan(plan, projector.inputs)).to(values.dtype)
+        else:
+            merged = apply_plan(plan, values[self.candidates])
+        mine = torch.isin(places, self.candidates[plan.kept.to(places.device)])
+        return values[places].masked_scatter(mine[:, None], merged)
 
 
 class RaggedFeatures(Tensor):
@@ -131,7 +151,7 @@ class VLMAdapter:
                 out = encoder(**arguments, return_dict=True)
             finally:
                 hook.remove()
-            layouts = self.family.layouts(self.base, modality, out, inputs, torch.cat(seen).detach())
+            layouts = self.family.layouts(self.base, modality, out, inputs, torch.cat(seen))
             items += self._place(layouts, modality, out, inputs["input_ids"])
         if not frames_as_video:
             return items
@@ -208,8 +228,8 @@ class VLMAdapter:
             mask_BL = torch.ones_like(inputs["input_ids"])
         full = {**inputs, "attention_mask": mask_BL}
         stays_BL = mask_BL.bool()
-        kept = [item.kept(plan) for item, plan in zip(items, plans, strict=True)]
-        for item, places in zip(items, kept, strict=True):
+        for item, plan in zip(items, plans, strict=True):
+            places = item.kept(plan)
             stays_BL[item.row, item.slots] = False
             stays_BL[item.row, item.slots[places.to(item.slots.device)]] = True
 
@@ -218,7 +238,7 @@ class VLMAdapter:
         emitted["position_ids"] = self._positions(full, stays_BL, positions, target)
         encoded = {}
         for modality in MODALITIES:
-            chosen = [(item, places) for item, places in zip(items, kept, strict=True) if item.modality == modality]
+            chosen = [(item, plan) for item, plan in zip(items, plans, strict=True) if item.modality == modality]
             if chosen:
                 encoded[modality] = _encoder_output(chosen)
         if encoded:
@@ -242,18 +262,44 @@ class VLMAdapter:
         return packed
 
 
-def _encoder_output(chosen: Sequence[tuple[VisualItem, Tensor]]):
+@dataclass(frozen=True, kw_only=True)
+class KeptRaster:
+    """Where the visual tokens of one item that a prompt still holds stood in the item's raster.
+
+    `emit` puts a tuple of these, in the order of the placeholders, into the attribute `kept_rasters` of every
+    encoder output, so that methods inside the language model know frames and places.
+
+    Attributes:
+        row: prompt of the batch (before beams multiply the rows).
+        token: `[k]` int64, index among the item's N candidates, -1 for a structural token.
+        grids: `(frames, height, width)` per raster block of the N candidates.
+    """
+
+    row: int
+    token: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+
+
+def _encoder_output(chosen: Sequence[tuple[VisualItem, Plan]]):
     """What the model expects in `mm_encoder_outputs` for the kept tokens of all items of one modality."""
     first = chosen[0][0]
-    features = [item.features[places] for item, places in chosen]
-    if first.in_tensor:
-        if len({len(f) for f in features}) == 1:
-            return first.output_type(pooler_output=torch.stack(features))
-        return first.output_type(pooler_output=torch.cat(features)[None].as_subclass(RaggedFeatures))
-    if not first.deepstack:
-        return first.output_type(pooler_output=features)
-    layers = zip(*(tuple(layer[places] for layer in item.deepstack) for item, places in chosen), strict=True)
-    return first.output_type(pooler_output=features, deepstack_features=[list(layer) for layer in layers])
+    features = [item.kept_features(plan) for item, plan in chosen]
+    if not first.in_tensor:
+        layers = zip(*(item.kept_deepstack(plan) for item, plan in chosen), strict=True)
+        more = {"deepstack_features": [list(layer) for layer in layers]} if first.deepstack else {}
+        out = first.output_type(pooler_output=features, **more)
+    elif len({len(f) for f in features}) == 1:
+        out = first.output_type(pooler_output=torch.stack(features))
+    else:
+        out = first.output_type(pooler_output=torch.cat(features)[None].as_subclass(RaggedFeatures))
+    out.kept_rasters = tuple(_kept_raster(item, plan) for item, plan in chosen)
+    return out
+
+
+def _kept_raster(item: VisualItem, plan: Plan) -> KeptRaster:
+    token_n = torch.full((len(item.slots),), -1, dtype=torch.long, device=item.candidates.device)
+    token_n[item.candidates] = torch.arange(len(item.candidates), device=token_n.device)
+    return KeptRaster(row=item.row, token=token_n[item.kept(plan)], grids=item.tokens.grids)
 
 
 def _arguments_of(encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,11 +344,12 @@ def _join_projectors(projectors: Sequence[Projector | None]) -> Projector | None
         return None
     lengths = [len(p.inputs) for p in projectors]
 
-    def to_tokens(scores: Tensor) -> Tensor:
-        parts = zip(projectors, scores.split(lengths), strict=True)
+    def to_tokens(values: Tensor) -> Tensor:
+        parts = zip(projectors, values.split(lengths), strict=True)
         return torch.cat([projector.to_tokens(part) for projector, part in parts])
 
-    return replace(projectors[0], inputs=torch.cat([p.inputs for p in projectors]), to_tokens=to_tokens)
+    carry = identity if all(p.one_row_per_token for p in projectors) else to_tokens
+    return replace(projectors[0], inputs=torch.cat([p.inputs for p in projectors]), to_tokens=carry)
 
 
 def left_pack(values: Tensor, stays_BL: Tensor, fill: int) -> Tensor:

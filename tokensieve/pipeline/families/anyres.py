@@ -53,10 +53,11 @@ class LlavaNext(Family):
             rows = int(structural.sum())
             grids = ((1, height, width),) + (((1, rows, num_high // rows),) if tiles > 1 else ())
 
-            def to_tokens(scores_P: Tensor, tiles=tiles, size=size, structural=structural) -> Tensor:
-                maps = scores_P.float().view(tiles, -1, 1)
-                newline = torch.zeros(1, device=maps.device)
-                return self.pack(base, [maps], size, newline)[0].squeeze(-1)[~structural]
+            def to_tokens(values: Tensor, tiles=tiles, size=size, structural=structural) -> Tensor:
+                channels = values.shape[1:].numel()
+                maps = values.float().reshape(tiles, -1, channels)
+                newline = torch.zeros(channels, device=maps.device)
+                return self.pack(base, [maps], size, newline)[0][~structural].view(-1, *values.shape[1:])
 
             layouts.append(
                 ItemLayout(
@@ -117,8 +118,9 @@ class LlavaOnevision(LlavaNext):
         structural = torch.arange(num_tokens, device=seen.device) == num_tokens - 1
         x = seen.unflatten(0, (num_videos, num_frames)).flatten(1, 2)
 
-        def to_tokens(scores_P: Tensor) -> Tensor:
-            return base.apply_pooling(scores_P.float().view(num_frames, num_patches, 1)).flatten()
+        def to_tokens(values: Tensor) -> Tensor:
+            maps = values.float().reshape(num_frames, num_patches, -1)
+            return base.apply_pooling(maps).reshape(-1, *values.shape[1:])
 
         return [
             ItemLayout(

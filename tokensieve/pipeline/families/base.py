@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.compression import Projector, TwoLayerMLP
+from tokensieve.compression.tokens import identity  # noqa: F401  (families import it from here)
 from tokensieve.errors import UnsupportedModel
 
 
@@ -107,11 +108,6 @@ def square(num_tokens: int) -> tuple[int, int, int]:
     if side * side != num_tokens:
         raise UnsupportedModel(f"Expected a square raster of visual tokens, got {num_tokens}.")
     return (1, side, side)
-
-
-def identity(scores: Tensor) -> Tensor:
-    """`to_tokens` of families whose projector rows are the visual tokens."""
-    return scores
 
 
 def two_layer_mlp(module: nn.Module) -> TwoLayerMLP | None:
