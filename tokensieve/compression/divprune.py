@@ -26,6 +26,7 @@ from tokensieve.compression.tokens import VisualTokens
     "divprune",
     title="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
     url="https://arxiv.org/abs/2503.02175",
+    follows_tokens=True,
     licence="CC BY-NC 4.0",
     differs="A picked token is never picked again; distances within rounding tie, the lowest index wins.",
 )

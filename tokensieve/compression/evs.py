@@ -37,6 +37,7 @@ FIRST_FRAME_SCORE = 255.0  # above any `1 - cos`, which is at most 2
     url="https://arxiv.org/abs/2510.14624",
     needs=("features", "frames"),
     output_length="Never fewer tokens than one frame: frame 0 stays whole, an image stays whole.",
+    follows_tokens=True,
     licence="Apache-2.0 (the file also has an NVIDIA notice)",
     differs="Takes a count as budget; still places tie, the earliest stays; warns on an image.",
 )

@@ -17,7 +17,7 @@ from tokensieve.compression.score_diversity import select_by_score
 from tokensieve.compression.tokens import VisualTokens
 
 
-@register_method("norm-diversity", title="Baseline: L2 norm of the token times max-min diversity")
+@register_method("norm-diversity", title="Baseline: L2 norm of the token times max-min diversity", follows_tokens=True)
 def norm_diversity(tokens: VisualTokens, num_keep: int, *, generator: torch.Generator | None = None) -> Plan:
     """Keeps long tokens that differ from each other. Deterministic: `generator` is not used."""
     return select_by_score(tokens, tokens.features.float().norm(dim=-1), num_keep)

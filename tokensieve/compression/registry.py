@@ -47,6 +47,7 @@ class Method:
             "attention" or "keys" (of the layers it works in), "question", "policy" (a trained scorer);
             () for only how many tokens there are.
         output_length: "exact", or a sentence that says how the count may differ from the budget.
+        follows_tokens: the same tokens stay when the places inside the frames are shuffled.
         licence: licence of the official code, "" if there is none.
         differs: what we do differently from the official code.
     """
@@ -59,6 +60,7 @@ class Method:
     effect: str = "prunes"
     needs: tuple[str, ...] = ("features",)
     output_length: str = "exact"
+    follows_tokens: bool = False
     licence: str = ""
     differs: str = ""
 

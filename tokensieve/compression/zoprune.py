@@ -52,6 +52,7 @@ STEP = 0.01
     title="ZOO-Prune: Training-Free Token Pruning via Zeroth-Order Gradient Estimation in Vision-Language Models",
     url="https://arxiv.org/abs/2509.24837",
     needs=("features", "projector"),
+    follows_tokens=True,
     licence="Apache-2.0",
     differs="Closed-form sensitivity by default where the projector is a two-layer MLP (estimator='zo' is the "
     "official probe); float32 probes; exact budget over the tiles of an any-resolution image.",
