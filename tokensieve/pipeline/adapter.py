@@ -17,16 +17,18 @@ outside, scattered into the placeholders inside. Nothing in the model is patched
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.compression import Plan, Projector, VisualTokens, apply_plan
+from tokensieve.compression import Plan, Projector, Question, VisualTokens, apply_plan
 from tokensieve.compression.tokens import identity
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.families import family_of
+from tokensieve.pipeline.tower_recorder import TowerRecorder, join_views
 
 MODALITIES = ("image", "video")
 POSITIONS = ("preserve", "compact")
@@ -59,6 +61,10 @@ class VisualItem:
     deepstack: tuple[Tensor, ...]
     output_type: type
     in_tensor: bool
+
+    def with_question(self, question: Question) -> VisualItem:
+        """The same item, with what was asked about it."""
+        return replace(self, tokens=replace(self.tokens, question=question))
 
     def kept(self, plan: Plan) -> Tensor:
         """`[k]` int64, places among the n that stay: what the plan keeps and every structural token."""
@@ -125,13 +131,16 @@ class VLMAdapter:
             )
         self.projector = self.base.get_submodule(self.family.projector_path)
 
-    def encode(self, inputs: Mapping[str, Tensor], frames_as_video: bool = False) -> list[VisualItem]:
+    def encode(
+        self, inputs: Mapping[str, Tensor], frames_as_video: bool = False, *, needs: Collection[str] = ()
+    ) -> list[VisualItem]:
         """Runs the vision encoder and finds the placeholders of every item.
 
         Args:
             inputs: the processor's output: `input_ids`, pixels, grids. Left as they are.
             frames_as_video: treat all images of a prompt as the frames of one video, for families that get
                 videos as images; frames must have equal rasters.
+            needs: what to record for the methods: "tower", "question" (see `Method.needs`; others are ignored).
 
         Returns:
             Items in the order of their placeholders, images first. Empty for a prompt of text alone.
@@ -147,18 +156,39 @@ class VLMAdapter:
                 continue
             seen: list[Tensor] = []
             hook = self.projector.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
+            recorder = TowerRecorder(self.family.tower_blocks(self.base, modality)) if "tower" in needs else None
             try:
-                out = encoder(**arguments, return_dict=True)
+                with recorder or nullcontext():
+                    out = encoder(**arguments, return_dict=True)
             finally:
                 hook.remove()
             layouts = self.family.layouts(self.base, modality, out, inputs, torch.cat(seen))
-            items += self._place(layouts, modality, out, inputs["input_ids"])
-        if not frames_as_video:
-            return items
-        frames = [item for item in items if item.modality == "image"]
-        return _join_frames(frames) + [item for item in items if item.modality != "image"]
+            items += self._place(layouts, modality, out, inputs["input_ids"], recorder)
+        if frames_as_video:
+            frames = [item for item in items if item.modality == "image"]
+            items = _join_frames(frames) + [item for item in items if item.modality != "image"]
+        if "question" in needs:
+            items = [item.with_question(self._question(inputs, item.row)) for item in items]
+        return items
 
-    def _place(self, layouts, modality: str, out, input_ids: Tensor) -> list[VisualItem]:
+    def _question(self, inputs: Mapping[str, Tensor], row: int) -> Question:
+        """All text of a prompt: its tokens but placeholders, special ones and padding."""
+        ids_L = inputs["input_ids"][row]
+        config = self.model.config
+        special = {getattr(config, f"{m}_token_id", None) for m in MODALITIES}
+        for owner in (config, config.get_text_config(), self.model.generation_config):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(owner, name, None)
+                special |= set(value) if isinstance(value, list | tuple) else {value}
+        special_ids = torch.tensor(sorted(special - {None}), device=ids_L.device)
+        is_text_L = ~torch.isin(ids_L, special_ids)
+        if inputs.get("attention_mask") is not None:
+            is_text_L &= inputs["attention_mask"][row].bool()
+        return Question(embeds=self.model.get_input_embeddings()(ids_L[is_text_L]).detach())
+
+    def _place(
+        self, layouts, modality: str, out, input_ids: Tensor, recorder: TowerRecorder | None
+    ) -> list[VisualItem]:
         placeholder = getattr(self.model.config, f"{modality}_token_id")
         rows, slots = (input_ids == placeholder).nonzero(as_tuple=True)
         lengths = [len(layout.features) for layout in layouts]
@@ -188,6 +218,7 @@ class VLMAdapter:
                         crop=crop.to(device),
                         times_s=layout.times_s,
                         projector=layout.projector,
+                        tower=recorder and recorder.view(layout.patches, layout.projector.to_tokens),
                     ),
                     deepstack=layout.deepstack,
                     output_type=type(out),
@@ -332,6 +363,7 @@ def _join_frames(items: Sequence[VisualItem]) -> list[VisualItem]:
                     grids=((len(grids), *grids[0][1:]),),
                     crop=torch.zeros(sum(map(len, tokens)), dtype=torch.long, device=tokens[0].features.device),
                     projector=_join_projectors([t.projector for t in tokens]),
+                    tower=join_views([t.tower for t in tokens]) if tokens[0].tower is not None else None,
                 ),
                 deepstack=tuple(torch.cat(layer) for layer in zip(*(item.deepstack for item in frames), strict=True)),
             )

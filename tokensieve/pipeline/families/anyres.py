@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokensieve.compression import Projector, in_dtype_of_input
 from tokensieve.pipeline.families.base import (
     Family,
     ItemLayout,
     identity,
+    num_class_tokens,
     register_family,
     square,
     two_layer_mlp,
 )
+from tokensieve.pipeline.tower_recorder import PatchMap
 
 
 @register_family("llava_next")
@@ -41,6 +43,7 @@ class LlavaNext(Family):
         for i, features in enumerate(out.pooler_output):
             tiles = _num_tiles(base, inputs, i)
             x_KPV = seen[first : first + tiles]
+            patches = PatchMap(start=first, stop=first + tiles, num_prefix=num_class_tokens(base), to_rows=identity)
             first += tiles
             size = sizes[i : i + 1]
             # One-hot maps of the tiles: packed like features they tell where each token came from.
@@ -65,6 +68,7 @@ class LlavaNext(Family):
                     grids=grids,
                     structural=structural,
                     crop=crop,
+                    patches=patches,
                     projector=Projector(
                         inputs=x_KPV.flatten(0, 1),
                         fn=in_dtype_of_input(module),
@@ -87,10 +91,19 @@ class LlavaNextVideo(LlavaNext):
         num_videos, num_frames = inputs["pixel_values_videos"].shape[:2]
         _, height, width = square(seen.shape[1])
         x = seen.unflatten(0, (num_videos, num_frames)).flatten(1, 2)
+
+        def to_rows(values: Tensor) -> Tensor:
+            maps = values.float().unflatten(0, (num_frames, -1)).transpose(1, 2)
+            side = round(maps.shape[-1] ** 0.5)
+            stride = base.config.spatial_pool_stride
+            pooled = nn.functional.avg_pool2d(maps.unflatten(2, (side, side)), stride)
+            return pooled.flatten(2).transpose(1, 2).flatten(0, 1)
+
         return [
             ItemLayout(
                 features=features,
                 grids=((num_frames, height, width),),
+                patches=_frames(base, i, num_frames, to_rows),
                 projector=Projector(
                     inputs=x[i], fn=in_dtype_of_input(module), to_tokens=identity, mlp=two_layer_mlp(module)
                 ),
@@ -127,12 +140,18 @@ class LlavaOnevision(LlavaNext):
                 features=features,
                 grids=((num_frames, height, width),),
                 structural=structural,
+                patches=_frames(base, i, num_frames, identity),
                 projector=Projector(
                     inputs=x[i], fn=in_dtype_of_input(module), to_tokens=to_tokens, mlp=two_layer_mlp(module)
                 ),
             )
             for i, features in enumerate(out.pooler_output)
         ]
+
+
+def _frames(base, video: int, num_frames: int, to_rows) -> PatchMap:
+    start = video * num_frames
+    return PatchMap(start=start, stop=start + num_frames, num_prefix=num_class_tokens(base), to_rows=to_rows)
 
 
 def _num_tiles(base, inputs, i: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokensieve.compression import Projector, TwoLayerMLP
 from tokensieve.compression.tokens import identity  # noqa: F401  (families import it from here)
 from tokensieve.errors import UnsupportedModel
+from tokensieve.pipeline.tower_recorder import PatchMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class ItemLayout:
         times_s: `[T]` seconds of each token frame, or None.
         projector: projector and inputs of the candidates, or None.
         deepstack: one `[n, D]` tensor a layer for families that add features inside the decoder.
+        patches: where the item is in the tower's batch.
     """
 
     features: Tensor
@@ -42,15 +44,25 @@ class ItemLayout:
     times_s: Tensor | None = None
     projector: Projector | None = None
     deepstack: tuple[Tensor, ...] = ()
+    patches: PatchMap | None = None
 
 
 class Family:
     """Base of all families. `base` below is the model without its language-model head."""
 
     projector_path = "multi_modal_projector"
+    tower_path = "vision_tower"
     join_frames = True  # a video given as images may be treated as one item
     forward_position_offset = 0  # what `forward` expects on top of what `generate` expects
     causal_prompt = True  # earlier tokens never look at later ones, so a cached prompt may grow
+
+    def tower(self, base: nn.Module, modality: str) -> nn.Module:
+        """The vision tower that encodes this modality."""
+        return base.get_submodule(self.tower_path)
+
+    def tower_blocks(self, base: nn.Module, modality: str) -> nn.ModuleList:
+        """Its transformer blocks, in order."""
+        return self.tower(base, modality).encoder.layers
 
     def layouts(
         self, base: nn.Module, modality: str, out, inputs: Mapping[str, Tensor], seen: Tensor
@@ -108,6 +120,11 @@ def square(num_tokens: int) -> tuple[int, int, int]:
     if side * side != num_tokens:
         raise UnsupportedModel(f"Expected a square raster of visual tokens, got {num_tokens}.")
     return (1, side, side)
+
+
+def num_class_tokens(base: nn.Module) -> int:
+    """Tokens that the model cuts off in front of the tower's patches: 1 for CLIP towers, 0 for SigLIP."""
+    return int(getattr(base.config, "vision_feature_select_strategy", "full") == "default")
 
 
 def two_layer_mlp(module: nn.Module) -> TwoLayerMLP | None:

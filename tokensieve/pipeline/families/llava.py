@@ -11,14 +11,19 @@ from tokensieve.pipeline.families.base import (
     Family,
     ItemLayout,
     identity,
+    num_class_tokens,
     register_family,
     square,
     two_layer_mlp,
 )
+from tokensieve.pipeline.tower_recorder import PatchMap
 
 
 @register_family("llava")
 class Llava(Family):
+    def num_prefix(self, base) -> int:
+        return num_class_tokens(base)
+
     def layouts(self, base, modality, out, inputs, seen):
         module = base.multi_modal_projector
         return [
@@ -28,8 +33,9 @@ class Llava(Family):
                 projector=Projector(
                     inputs=x_PV, fn=in_dtype_of_input(module), to_tokens=identity, mlp=two_layer_mlp(module)
                 ),
+                patches=PatchMap(start=i, stop=i + 1, num_prefix=self.num_prefix(base), to_rows=identity),
             )
-            for features, x_PV in zip(out.pooler_output, seen, strict=True)
+            for i, (features, x_PV) in enumerate(zip(out.pooler_output, seen, strict=True))
         ]
 
 
@@ -50,6 +56,9 @@ class Gemma3(Family):
 
         norm = in_dtype_of_input(module.mm_soft_emb_norm)
 
+        def to_rows(values):
+            return module.avg_pool(values.T.unflatten(1, (side, side))).flatten(1).T
+
         def project(x):
             return norm(x) @ module.mm_input_projection_weight.to(x.dtype)
 
@@ -58,14 +67,18 @@ class Gemma3(Family):
                 features=features,
                 grids=(square(len(features)),),
                 projector=Projector(inputs=x_PV, fn=project, to_tokens=identity),
+                patches=PatchMap(start=i, stop=i + 1, num_prefix=0, to_rows=to_rows),
             )
-            for features, x_PV in zip(out.pooler_output, pooled, strict=True)
+            for i, (features, x_PV) in enumerate(zip(out.pooler_output, pooled, strict=True))
         ]
 
 
 @register_family("video_llava")
 class VideoLlava(Llava):
     """Videos arrive as one item a frame, class token in front: joined to one item, class tokens always kept."""
+
+    def tower(self, base, modality):
+        return base.video_tower if modality == "video" else base.image_tower
 
     def layouts(self, base, modality, out, inputs, seen):
         if modality == "image":
@@ -88,6 +101,7 @@ class VideoLlava(Llava):
                     to_tokens=identity,
                     mlp=two_layer_mlp(module),
                 ),
+                patches=PatchMap(start=i * num_frames, stop=(i + 1) * num_frames, num_prefix=1, to_rows=identity),
             )
             for i in range(num_videos)
         ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokensieve.compression import Projector, in_dtype_of_input
 from tokensieve.pipeline.families.base import Family, ItemLayout, frame_times, identity, register_family
+from tokensieve.pipeline.tower_recorder import PatchMap
 
 
 @register_family("qwen2_vl", "qwen3_vl")
@@ -17,6 +18,10 @@ class QwenVL(Family):
     """The merger sees 4 patches a token, in raster order of tokens (Qwen2.5-VL: see below)."""
 
     projector_path = "visual.merger"
+    tower_path = "visual"
+
+    def tower_blocks(self, base, modality):
+        return base.visual.blocks
 
     def raster_order(self, base, grid_I3: Tensor) -> Tensor | None:
         """Where each token of the raster order stands in the merger's output; None if that is raster order."""
@@ -38,9 +43,22 @@ class QwenVL(Family):
         def fn(x: Tensor) -> Tensor:  # [..., P, G, V] -> [..., P, D]
             return merged(x.reshape(-1, x.shape[-1])).view(*x.shape[:-2], -1)
 
+        def patches(first: int, count: int) -> PatchMap:
+            """Patches of `count` tokens from token `first` on; they are in the tower's order, the rows are not."""
+            local = None if order is None else order[first : first + count] - first
+
+            def to_rows(values: Tensor) -> Tensor:
+                rows = values.float().unflatten(0, (count, merge**2)).mean(1)
+                return rows if local is None else rows[local]
+
+            per_token = merge**2
+            return PatchMap(start=first * per_token, stop=(first + count) * per_token, num_prefix=0, to_rows=to_rows)
+
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
         return [
             ItemLayout(
                 features=features,
+                patches=patches(starts[i], lengths[i]),
                 grids=((int(t), int(h) // merge, int(w) // merge),),
                 times_s=frame_times(inputs, "second_per_grid_ts", i, int(t)) if modality == "video" else None,
                 projector=Projector(inputs=x, fn=fn, to_tokens=identity),
