@@ -1,6 +1,7 @@
 """What holds for every registered method. A new method is tested here because it is registered."""
 
 import dataclasses
+import re
 import warnings
 
 import pytest
@@ -169,7 +170,7 @@ def test_bad_budgets_are_refused(method, keep):
 
 @each_method
 def test_unknown_options_are_refused_even_when_nothing_is_dropped(method):
-    with pytest.raises(BadOption, match=f"'{method.name}' has no option 'no_such'"):
+    with pytest.raises(BadOption, match=f"'{re.escape(method.name)}' has no option 'no_such'"):
         run(method, random_video(), 1.0, no_such=3)
 
 
@@ -222,7 +223,7 @@ def test_an_image(method):
 def test_missing_evidence_is_named(method):
     for need in ("projector", "tower", "question"):
         if need in method.needs:
-            with pytest.raises(BadOption, match=f"'{method.name}' needs the"):
+            with pytest.raises(BadOption, match=f"'{re.escape(method.name)}' needs the"):
                 run(method, dataclasses.replace(random_video(), **{need: None}), 30)
 
 

@@ -1,7 +1,33 @@
 """Which tokens stay: one paper, one file, a pure function on tensors that returns a Plan."""
 
 # Importing a method's module registers it.
-from tokensieve.compression import divprune, evs, norm_diversity, random_subset, uniform, zoprune  # noqa: F401
+from tokensieve.compression import (  # noqa: F401
+    cacovid,
+    cdpruner,
+    divprune,
+    dycoke,
+    dycoke_decoder,
+    evit,
+    evs,
+    fastv,
+    fastvid,
+    framefusion,
+    holitom,
+    holitom_decoder,
+    norm_diversity,
+    prumerge,
+    prunevid,
+    prunevid_decoder,
+    pyramiddrop,
+    random_subset,
+    sparsevlm,
+    tca,
+    tome,
+    uniform,
+    vidcom2,
+    visionzip,
+    zoprune,
+)
 from tokensieve.compression.budget import check_keep, num_to_keep
 from tokensieve.compression.plan import Merge, Plan, apply_plan, keep_all, merge_plan
 from tokensieve.compression.registry import Method, get_method, list_methods, register_method

@@ -40,7 +40,7 @@ def greedy_max_min(unit_ND: Tensor, num_keep: int, first_1: Tensor, weight_N: Te
     the tokens not yet picked; ties go to the lowest index. Weights are >= 0, None means 1 for all.
     """
     num_tokens = len(unit_ND)
-    distances_to = _distance_rows(unit_ND)
+    distances_to = distance_rows(unit_ND)
     order_K = first_1.new_empty(num_keep)
     taken_N = torch.zeros(num_tokens, dtype=torch.bool, device=unit_ND.device)
     nearest_N = unit_ND.new_full((num_tokens,), torch.inf)
@@ -66,7 +66,7 @@ def most_isolated(unit_ND: Tensor) -> Tensor:
     return nearest_N.argmax(0, keepdim=True)
 
 
-def _distance_rows(unit_ND: Tensor) -> Callable[[Tensor], Tensor]:
+def distance_rows(unit_ND: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from a `[1]` index to that token's distances to all, `[N]`; memory stays bounded."""
     if 4 * len(unit_ND) ** 2 <= MAX_MATRIX_BYTES:
         matrix_NN = cosine_distance(unit_ND, unit_ND)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_ENTRIES = 1 << 25  # numbers that a merge holds at a time beside its result (128 MiB)
+
 
 @dataclass(frozen=True, eq=False)
 class Merge:
@@ -44,9 +46,13 @@ class Merge:
         num_kept = int(self.target[-1]) + 1
         lengths = torch.bincount(self.target, minlength=num_kept).to(values.device)
         flat = values.flatten(1) if values.ndim > 1 else values[:, None]
-        parts = flat.float()[self.source.to(values.device)] * self.weight.to(values.device)[:, None]
-        merged = torch.segment_reduce(parts, "sum", lengths=lengths, axis=0)  # repeatable on GPUs, unlike index_add
-        return merged.view(num_kept, *values.shape[1:]).to(values.dtype)
+        source, weight = self.source.to(values.device), self.weight.to(values.device)[:, None]
+        merged = [
+            # Repeatable on GPUs, unlike index_add.
+            torch.segment_reduce(columns.float()[source] * weight, "sum", lengths=lengths, axis=0)
+            for columns in flat.split(max(1, MAX_ENTRIES // len(source)), dim=1)
+        ]
+        return torch.cat(merged, dim=1).view(num_kept, *values.shape[1:]).to(values.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,10 +69,12 @@ class Question:
 
     `embeds` is `[M, D]`, the language model's own input embeddings of the M text tokens of the prompt in reading
     order (special tokens and placeholders left out), so they live in the space of `VisualTokens.features`.
+    `num_before` of the M stand before the item that the question is kept with, the others after its first token.
     """
 
     embeds: Tensor
     text: str | None = None
+    num_before: int = 0
 
 
 def in_dtype_of_input(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,59 @@
+"""Merging plans, against the matrix product that they stand for."""
+
+import pytest
+import torch
+
+from tokensieve.compression import Merge, Plan, apply_plan, merge_plan, plan
+
+
+def random_merge(num_tokens=30, num_kept=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(num_tokens, generator=generator)[:num_kept]
+    weights = torch.randn(num_kept, num_tokens, generator=generator)
+    weights[torch.rand(num_kept, num_tokens, generator=generator) < 0.7] = 0
+    weights[torch.arange(num_kept), kept] = 1
+    return kept, weights
+
+
+@pytest.mark.parametrize("shape", [(30,), (30, 5), (30, 2, 3)])
+@pytest.mark.parametrize("max_entries", [1, 200, 1 << 25])
+def test_a_merge_is_a_matrix_product(shape, max_entries, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_ENTRIES", max_entries)
+    kept, weights = random_merge()
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    merged = apply_plan(merge_plan(kept, weights), values)
+    expected = torch.tensordot(weights[kept.argsort()], values, 1)
+    torch.testing.assert_close(merged, expected)
+    merged.square().sum().backward()
+    got, values.grad = values.grad, None
+    torch.tensordot(weights[kept.argsort()], values, 1).square().sum().backward()
+    torch.testing.assert_close(got, values.grad)
+
+
+def test_along_another_axis_and_in_half_precision():
+    kept, weights = random_merge()
+    values = torch.randn(2, 30, 4)
+    whole = apply_plan(merge_plan(kept, weights), values, dim=1)
+    torch.testing.assert_close(whole, torch.einsum("kn,bnd->bkd", weights[kept.argsort()], values))
+    assert apply_plan(merge_plan(kept, weights), values.bfloat16(), dim=1).dtype == torch.bfloat16
+
+
+def test_a_merged_token_stands_at_the_place_of_its_anchor():
+    made = merge_plan(torch.tensor([5, 2]), torch.eye(6)[[5, 2]] * 3)
+    assert made.kept.tolist() == [2, 5] and made.mask().nonzero()[:, 0].tolist() == [2, 5]
+    assert apply_plan(made, torch.arange(6.0)).tolist() == [6.0, 15.0]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Merge(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2)), "must rise"),
+        (lambda: Merge(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(2)), "one length"),
+        (lambda: merge_plan(torch.tensor([0, 1]), torch.eye(3)[[0, 0]] * torch.tensor([[1.0], [0.0]])), "needs an"),
+        (lambda: merge_plan(torch.tensor([1, 1]), torch.eye(3)[[0, 1]]), "rise strictly"),
+        (lambda: Plan(torch.tensor([0, 1]), 3, Merge(torch.tensor([0]), torch.tensor([0]), torch.ones(1))), "needs an"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
