@@ -1,9 +1,10 @@
 """Exact match of the shipped model on generated clips, for every method and budget, with blind baselines.
 
-    python benchmarks/accuracy.py --clips 500 --out docs/benchmarks/accuracy.md
+    python benchmarks/accuracy.py --clips 400 --out docs/benchmarks/accuracy.md --page docs/methods.md
 
 Every clip is encoded once; each method then selects from the same visual tokens and the model generates its
-answer greedily. Intervals are 95 % Wilson intervals over questions.
+answer greedily. Methods in the vision tower encode anew. Intervals are 95 % Wilson intervals over questions.
+Methods that need a trained policy are left out unless a policy is registered with them.
 """
 
 from __future__ import annotations
@@ -24,21 +25,36 @@ from tokensieve.datasets.clip_files import clip_frames
 from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
+PAGE_KEEPS = (0.25, 0.1, 0.05)  # of the short table in docs/methods.md
+PAGE_MARKS = ("<!-- accuracy: written by benchmarks/accuracy.py -->", "<!-- end of accuracy -->")
 BATCH = 32  # clips
 NUM_GUESSED = 4000  # clips for the baselines that need no model
 
 
-def answers(vlm, prepared, keep=1.0, method=None) -> list[str]:
-    """Greedy answers of a batch that is encoded already."""
-    prepared = vlm.compress(method, keep).reselect(prepared)
+def generate(vlm, prepared) -> list[str]:
+    """Greedy answers of a batch under the compression in force."""
     ids = vlm.model.generate(**prepared, max_new_tokens=4, do_sample=False)
     return vlm.processor.batch_decode(ids[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def answers(vlm, prepared, keep=1.0, method=None) -> list[str]:
+    """Greedy answers of a batch that is encoded already, with a method at the projector or in the decoder."""
+    return generate(vlm, vlm.compress(method, keep).reselect(prepared))
+
+
+def can_run(method: ts.Method) -> bool:
+    """Whether a method runs as it comes, without a scorer that the user must train or hand over."""
+    return "policy" not in method.needs or method.options().get("policy") is not None
+
+
 @torch.no_grad()
-def evaluate(vlm, clips, settings) -> dict[tuple, Counter]:
-    """`(kind, right)` counts per setting; settings are `(method or None, keep)` and the two blind ones."""
+def evaluate(vlm, clips, settings) -> tuple[dict[tuple, Counter], dict[tuple, tuple[float, float]]]:
+    """`(kind, right)` counts per setting, and its mean visual tokens in the first and in the last decoder layer.
+
+    Settings are `(method or None, keep)`; the two blind ones are added.
+    """
     score: dict[tuple, Counter] = defaultdict(Counter)
+    tokens: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
     for first in track(range(0, len(clips), BATCH), "clips", console=Console(stderr=True)):
         batch = clips[first : first + BATCH]
         frames = [clip_frames(clip) for clip in batch]
@@ -49,13 +65,23 @@ def evaluate(vlm, clips, settings) -> dict[tuple, Counter]:
                 for question, text in zip(asked, texts, strict=True):
                     score[setting][question.kind, text.strip() == question.answer] += 1
 
-            prepared = vlm.prepare(frames, [q.text for q in asked])
+            questions = [q.text for q in asked]
+            prepared = vlm.compress(None).prepare(frames, questions, needs={"tower", "question"})
             for method, keep in settings:
-                tally((method, keep), answers(vlm, prepared, keep, method))
+                if method is not None and ts.get_method(method).place == "tower":
+                    shorter = vlm.compress(method, keep).prepare(frames, questions)
+                else:
+                    shorter = vlm.compress(method, keep).reselect(prepared)
+                tally((method, keep), generate(vlm, shorter))
+                entered = [shorter.visual_tokens(row)["kept"] for row in range(len(batch))]
+                left = vlm.last_layer_tokens() or entered
+                tokens[method, keep] += zip(entered, left, strict=True)
+            vlm.compress(None)
             grey = [ts.Frames(data=f.data * 0 + 90, times_s=f.times_s, duration_s=2.0, source="grey") for f in frames]
             tally("image-blind: the model sees grey frames", answers(vlm, vlm.prepare(grey, [q.text for q in asked])))
             tally("question-blind: the model is asked “?”", answers(vlm, vlm.prepare(frames, ["?"] * len(asked))))
-    return score
+    means = {setting: tuple(sum(of) / len(of) for of in zip(*kept, strict=True)) for setting, kept in tokens.items()}
+    return score, means
 
 
 def prior(clips, train_clips: int = 5000) -> Counter:
@@ -88,28 +114,44 @@ def chance(kind: str) -> float:
     return 1 / sizes.get(kind, 10)
 
 
-def row(name: str, keep: str, counts: Counter) -> str:
-    right, total = (sum(n for (_, ok), n in counts.items() if ok in wanted) for wanted in ((True,), (True, False)))
-    p, z = right / total, 1.96
+def share(counts: Counter) -> tuple[float, int]:
+    """Share of right answers, and how many there were."""
+    total = sum(counts.values())
+    return sum(n for (_, right), n in counts.items() if right) / total, total
+
+
+def row(name: str, keep: str, counts: Counter, tokens: tuple[float, float] | None = None) -> str:
+    (p, total), z = share(counts), 1.96
     centre, half = (
         (p + z * z / (2 * total)) / (1 + z * z / total),
         z * sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
     )
     half /= 1 + z * z / total
     kinds = [f"{100 * counts[k, True] / (counts[k, True] + counts[k, False]):.1f}" for k in KINDS]
-    return f"| {name} | {keep} | **{100 * p:.1f}** ({100 * (centre - half):.1f}–{100 * (centre + half):.1f}) | " + (
-        " | ".join(kinds) + " |"
+    shown = [] if tokens is None else list(dict.fromkeys(f"{mean:.0f}" for mean in tokens))
+    low, high = 100 * (centre - half), 100 * (centre + half)
+    cells = [name, keep, " → ".join(shown) or "-", f"**{100 * p:.1f}** ({low:.1f}–{high:.1f})", *kinds]
+    return f"| {' | '.join(cells)} |"
+
+
+def machine() -> str:
+    return (
+        f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32, batches of {BATCH} clips, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, tokensieve {ts.__version__}."
     )
 
 
-def report(clips, score, model: str, split: str) -> str:
+def report(clips, score, tokens, model: str, split: str) -> str:
     questions = sum(len(clip.questions) for clip in clips)
-    head = f"| method | keep | all kinds, % (95 % interval) | {' | '.join(KINDS)} |\n|---|---|---|{'---|' * len(KINDS)}"
+    head = (
+        f"| method | keep | visual tokens, first → last layer | all kinds, % (95 % interval) | "
+        f"{' | '.join(KINDS)} |\n|---|---|---|---|{'---|' * len(KINDS)}"
+    )
     full = [s for s in score if isinstance(s, tuple) and s[0] is None]
     blind = [s for s in score if isinstance(s, str)]
     rest = [s for s in score if isinstance(s, tuple) and s[0] is not None]
-    lines = [row("all tokens", "1", score[s]) for s in full]
-    lines += [row(s[0], f"{s[1]:g}", score[s]) for s in sorted(rest, key=lambda s: (-s[1], s[0]))]
+    lines = [row("all tokens", "1", score[s], tokens[s]) for s in full]
+    lines += [row(s[0], f"{s[1]:g}", score[s], tokens[s]) for s in sorted(rest, key=lambda s: (-s[1], s[0]))]
     lines += [row(s, "1", score[s]) for s in blind]
     many = [make_clip(split, i) for i in range(NUM_GUESSED)]
     lines.append(row(f"image-blind: most frequent answer to the question ({NUM_GUESSED} clips)", "-", prior(many)))
@@ -118,14 +160,39 @@ def report(clips, score, model: str, split: str) -> str:
     return "\n".join(
         [
             f"Model `{model}`, split `{split}`, {len(clips)} clips, {questions} questions, exact match, greedy.",
-            f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32, batches of {BATCH} clips, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}, tokensieve {ts.__version__}.",
+            machine(),
             "",
             head,
             *lines,
-            f"| uniform guess | - | | {guess} |",
+            f"| uniform guess | - | - | | {guess} |",
         ]
     )
+
+
+def short_table(clips, score, model: str) -> str:
+    """Accuracy of every method at the budgets of `PAGE_KEEPS`, the best first."""
+    questions = sum(len(clip.questions) for clip in clips)
+    methods = {s[0] for s in score if isinstance(s, tuple) and s[0] is not None}
+    per_method = {m: [100 * share(score[m, keep])[0] for keep in PAGE_KEEPS] for m in methods}
+    full = 100 * share(score[None, 1.0])[0]
+    lines = [
+        f"Exact match in %, {questions} questions about {len(clips)} test clips, model `{model}` "
+        f"({full:.1f} % with all tokens), {machine()}",
+        "",
+        f"| method | place | {' | '.join(f'keep {keep:g}' for keep in PAGE_KEEPS)} |",
+        f"|---|---|{'---|' * len(PAGE_KEEPS)}",
+    ]
+    for method in sorted(methods, key=lambda m: -sum(per_method[m])):
+        cells = " | ".join(f"{p:.1f}" for p in per_method[method])
+        lines.append(f"| `{method}` | {ts.get_method(method).place} | {cells} |")
+    return "\n".join(lines)
+
+
+def fill_page(path: Path, text: str) -> None:
+    """Replaces what stands between the two marks of a page."""
+    before, rest = path.read_text().split(PAGE_MARKS[0])
+    _, after = rest.split(PAGE_MARKS[1])
+    path.write_text(f"{before}{PAGE_MARKS[0]}\n{text}\n{PAGE_MARKS[1]}{after}")
 
 
 def main() -> None:
@@ -134,19 +201,23 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(m.name for m in ts.list_methods("projector")))
+    parser.add_argument("--methods", default=",".join(m.name for m in ts.list_methods() if can_run(m)))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--out", default="", help="Markdown file; its first paragraph is kept, the table replaced")
+    parser.add_argument("--page", default="", help="Markdown file with the two marks for the short table")
     options = parser.parse_args()
     methods = [m for m in options.methods.split(",") if m]
     settings = [(None, 1.0)] + [(m, float(k)) for k in options.keeps.split(",") for m in methods]
     clips = [make_clip(options.split, i, options.seed) for i in range(options.clips)]
-    text = report(clips, evaluate(ts.load(options.model), clips, settings), options.model, options.split)
+    score, tokens = evaluate(ts.load(options.model), clips, settings)
+    text = report(clips, score, tokens, options.model, options.split)
     print(text)
     if options.out:
         path = Path(options.out)
         start = path.read_text().split("\n\nModel `")[0] if path.exists() else "# Accuracy of the shipped model"
         path.write_text(f"{start}\n\n{text}\n")
+    if options.page:
+        fill_page(Path(options.page), short_table(clips, score, options.model))
 
 
 if __name__ == "__main__":

@@ -110,13 +110,26 @@ def _model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, default="tiny", help="shipped model, folder or Hugging Face id")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 ...; a GPU if there is one")
     parser.add_argument("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--method", type=str | None, default=None, help="see `tokensieve methods`; none: all tokens")
-    parser.add_argument("--keep", type=float, default=0.25, help="share (0.25) or number (64) of tokens per clip")
+    _method(parser, default=None)
     parser.add_argument("--positions", type=str, default="preserve", help="preserve or compact")
     parser.add_argument("--seed", type=int, default=0, help="for methods that draw at random")
+
+
+def _method(parser: ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--method", type=str | None, default=default, help="see `tokensieve methods`; a stack: tome,zoprune; none: all"
+    )
+    parser.add_argument("--keep", type=_budgets, default=0.25, help="share (0.25) or number (64) of tokens per clip")
     parser.add_argument(
         "--options", type=dict[str, str | int | float | bool], default={}, help="of the method: --options.step 0.1"
     )
+
+
+def _budgets(value: object) -> float | list[float]:
+    """0.25, or `0.5,0.25` for a stack."""
+    if isinstance(value, str) and "," in value:
+        return [float(part) for part in value.split(",")]
+    return [float(part) for part in value] if isinstance(value, list) else float(value)
 
 
 def _video(parser: ArgumentParser) -> None:
@@ -154,10 +167,14 @@ def _clips_options(parser: ArgumentParser) -> None:
     _common(parser)
 
 
+def _methods_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--markdown", action=ActionYesNo, default=False, help="the table of docs/methods.md")
+    _common(parser)
+
+
 def _demo_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder for the clip and the picture")
-    parser.add_argument("--method", type=str, default="zoprune", help="see `tokensieve methods`")
-    parser.add_argument("--keep", type=float, default=0.25, help="share or number of tokens to keep")
+    _method(parser, default="zoprune")
     _common(parser)
 
 
@@ -196,7 +213,7 @@ COMMANDS = {
     ),
     "answer": Command("answer a question about one or more clips", _answer_options, _lazy("answer")),
     "show": Command("draw what the model still looks at", _show_options, _lazy("show")),
-    "methods": Command("list the compression methods", _common, _lazy("methods")),
+    "methods": Command("list the compression methods", _methods_options, _lazy("methods")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
     "train": Command("train a model", _train_options, partial(_dispatch, TRAINERS)),
 }

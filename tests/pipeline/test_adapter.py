@@ -1,16 +1,19 @@
 """The core invariant, for every family and every registered method, and the pitfalls of every family.
 
 keep=1 gives the model's own logits and greedy tokens; keep<1 equals the full prompt with the dropped tokens
-masked out at the same positions. Neither needs weights or reference code.
+masked out at the same positions, and merged tokens in the places of the tokens they are merged into. Neither needs
+weights or reference code.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 
+from tests.compression.helpers import options_for
 from tests.pipeline.tiny_families import BOUNDARY, FAMILIES, PAD, make_inputs, make_model
 from tokensieve.compression import Plan, get_method, keep_all, list_methods
 from tokensieve.errors import BadOption, UnsupportedModel
@@ -42,19 +45,47 @@ def _no_grad():
 
 
 def select(items, method: str, keep):
+    method = get_method(method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # EVS warns that it does nothing to images
-        return [get_method(method)(item.tokens, keep) for item in items]
+        return [method(item.tokens, keep, **options_for(method)) for item in items]
 
 
 def masked_full(adapter, inputs, items, plans):
     """The full prompt with the dropped tokens masked out, at the positions of the full prompt."""
     mask = inputs["attention_mask"].clone()
+    merged = []
     for item, plan in zip(items, plans, strict=True):
         mask[item.row, item.slots] = 0
         mask[item.row, item.slots[item.kept(plan)]] = 1
-    full = adapter.emit(inputs, items, [keep_all(len(i.tokens)) for i in items])
+        merged.append(with_merged_tokens(item, plan))
+    full = adapter.emit(inputs, merged, [keep_all(len(i.tokens)) for i in items])
     return full | {"attention_mask": mask}, mask
+
+
+def with_merged_tokens(item, plan):
+    """The item with its kept tokens replaced by what they are merged to, written out as a loop over the tokens."""
+    if plan.merge is None:
+        return item
+    merge, projector = plan.merge, item.tokens.projector
+    before = merge.before_projector and projector.one_row_per_token
+
+    def mixed(values):
+        rows = values.clone()
+        for k, token in enumerate(plan.kept.tolist()):
+            parts = (merge.target == k).nonzero()[:, 0]
+            rows[token] = sum(float(merge.weight[e]) * values[merge.source[e]] for e in parts)
+        return rows
+
+    def placed(values, rows):
+        return values.index_copy(0, item.candidates, rows)
+
+    rows = projector.fn(mixed(projector.inputs)) if before else mixed(item.features[item.candidates])
+    return dataclasses.replace(
+        item,
+        features=placed(item.features, rows),
+        deepstack=tuple(placed(layer, mixed(layer[item.candidates])) for layer in item.deepstack),
+    )
 
 
 def logits_at_kept(model, arguments, family, mask=None):
@@ -90,7 +121,7 @@ def test_keeping_everything_is_the_model_itself(adapter, family, batch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_dropping_equals_masking(adapter, family, method, batch):
     inputs = make_inputs(family, batch)
-    items = adapter.encode(inputs)
+    items = adapter.encode(inputs, needs={"tower", "question"})
     plans = select(items, method, 0.4)
     full, mask = masked_full(adapter, inputs, items, plans)
     want = logits_at_kept(adapter.model, full, family, mask)

@@ -9,7 +9,8 @@ from transformers import AttentionInterface
 from tests.pipeline.tiny_families import FAMILIES, make_inputs, make_model
 from tokensieve.errors import UnsupportedModel
 from tokensieve.pipeline.adapter import VLMAdapter
-from tokensieve.pipeline.tower_recorder import TowerRecorder, _attention_of
+from tokensieve.pipeline.stages import Stage
+from tokensieve.pipeline.tower_recorder import TowerRecorder, parts_of
 
 CLASS_TOKEN = {"llava", "llava_next", "llava_next_video", "video_llava", "internvl"}
 OUTPUT_PROJECTIONS = ("out_proj", "proj", "projection_layer")
@@ -52,7 +53,7 @@ def maps_of_the_model(adapter, inputs):
     def spy(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
         weights = (query @ key.transpose(-1, -2) * scaling).softmax(-1)
         for place, maps in seen.items():
-            if module is _attention_of(blocks[place]):
+            if module is parts_of(blocks[place])[1]:
                 maps += list(weights)
         return (weights @ value).transpose(1, 2), weights
 
@@ -98,7 +99,7 @@ def test_every_patch_goes_to_the_tokens_that_it_changes(family):
     inputs = make_inputs(family, 2)
     blocks = adapter.family.tower_blocks(adapter.base, modality_of(inputs))
     for block in blocks:
-        attention = _attention_of(block)
+        attention = parts_of(block)[1]
         (out,) = [getattr(attention, n) for n in OUTPUT_PROJECTIONS if hasattr(attention, n)]
         torch.nn.init.zeros_(out.weight)
     plain = adapter.encode(inputs, needs={"tower"})
@@ -176,6 +177,8 @@ def test_the_question_is_the_text_of_its_own_prompt(adapter, family):
         special = {getattr(config, f"{m}_token_id", None) for m in ("image", "video")} | {0, 1, 93}
         expected = adapter.model.get_input_embeddings()(torch.tensor([t for t in text if t not in special]))
         assert torch.equal(item.tokens.question.embeds, expected) and item.tokens.question.text is None
+        before = [t for t in text[: int(item.slots[0]) - len(ids) + len(text)] if t not in special]
+        assert item.tokens.question.num_before == len(before) > 0
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "smolvlm", "internvl"])
@@ -191,5 +194,21 @@ def test_frames_given_as_images_join_their_towers(name):
 def test_bad_towers():
     with pytest.raises(UnsupportedModel, match="at least 2 blocks"):
         TowerRecorder(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
-    with pytest.raises(UnsupportedModel, match="No attention found in Linear"):
+    with pytest.raises(UnsupportedModel, match="Linear is not known as a block"):
         TowerRecorder(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision-video", "paligemma"])
+def test_a_shortened_tower_spreads_its_attention_over_the_patches_it_stands_for(name):
+    adapter = VLMAdapter(make_model(name))
+    inputs = make_inputs(name, 2)
+    items = adapter.encode(inputs, needs={"tower"}, tower=Stage("tome", 0.5, proportional=False))
+    for item in items:
+        layer = item.tokens.tower.layers[-1]
+        assert layer.key[0].shape[1] < 16 + layer.num_prefix  # the tower had fewer tokens there
+        salience = layer.salience()
+        assert salience.shape == (len(item.tokens),) and (salience > 0).all()
+    whole = adapter.encode(inputs, needs={"tower"}, tower=Stage("tome", 1.0))
+    plain = adapter.encode(inputs, needs={"tower"})
+    for got, want in zip(whole, plain, strict=True):
+        torch.testing.assert_close(got.tokens.tower.layers[-2].salience(), want.tokens.tower.layers[-2].salience())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokensieve.commands.output import print_json
+from tokensieve.commands.output import print_json, stages_of
 from tokensieve.commands.show import draw
 
 CLIP = 3  # of the test split: a crowd of four digits
 
 
 def run(options) -> int:
-    from tokensieve.compression import check_keep, get_method
     from tokensieve.datasets import make_clip, write_clips
     from tokensieve.pipeline.loader import load
 
-    check_keep(options.keep)
-    get_method(options.method)
+    stages = stages_of(options)
     out = Path(options.out)
     write_clips("test", CLIP + 1, out)
     clip = make_clip("test", CLIP)
@@ -26,7 +24,7 @@ def run(options) -> int:
     rows = []
     for question in clip.questions:
         full = vlm.compress(None).answer(video, question.text)
-        kept = vlm.compress(options.method, options.keep).answer(video, question.text)
+        kept = vlm.compress(stages).answer(video, question.text)
         rows.append((question, full, kept))
         if options.json:
             print_json(

@@ -25,15 +25,27 @@ def read_options(options) -> dict[str, object]:
     return given | ({"backend": options.backend} if options.backend != "pyav" else {})
 
 
+def stages_of(options):
+    """The stages that `--method`, `--keep` and `--options` name, None for all tokens; fails before weights are read.
+
+    `--method tome,zoprune --keep 0.5,0.25` is a stack of two.
+    """
+    from tokensieve.compression import check_keep
+    from tokensieve.pipeline.stages import build_stages
+
+    budgets = options.keep if isinstance(options.keep, list) else [options.keep]
+    if options.method is None:
+        for budget in budgets:
+            check_keep(budget)
+        return None
+    names = options.method.split(",")
+    return list(build_stages(names, budgets * len(names) if len(budgets) == 1 else budgets, dict(options.options)))
+
+
 def load_compressed(options):
-    """The model of `_model` in cli.py, with its compression set; bad options fail before weights are read."""
-    from tokensieve.compression import check_keep, get_method
+    """The model of `_model` in cli.py, with its compression set."""
     from tokensieve.pipeline.loader import load
 
-    check_keep(options.keep)
-    if options.method is not None:
-        get_method(options.method).check_options(dict(options.options))
+    stages = stages_of(options)
     vlm = load(options.model, device=options.device, dtype=options.dtype)
-    return vlm.compress(
-        options.method, options.keep, positions=options.positions, seed=options.seed, **dict(options.options)
-    )
+    return vlm.compress(stages, positions=options.positions, seed=options.seed)

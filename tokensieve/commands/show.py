@@ -51,7 +51,7 @@ def draw(vlm, prepared, out: list[str], title: str = "") -> list[np.ndarray]:
     clip = prepared.clips[0]
     frames = seen_area(clip.data, vlm.processor)
     tokens = prepared.visual_tokens(0)
-    method = f" by {vlm.compression.method.name}" if vlm.compression else ""
+    method = f" by {vlm.compression.name}" if vlm.compression else ""
     title = f"{title}{tokens['kept']} of {tokens['full']} visual tokens kept{method}"
     # A video is one raster of many frames; an image has one or two that span it.
     rasters = _masks(prepared)

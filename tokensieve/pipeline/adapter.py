@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,14 @@ from tokensieve.compression import Plan, Projector, Question, VisualTokens, appl
 from tokensieve.compression.tokens import identity
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.families import family_of
+from tokensieve.pipeline.families.base import ItemLayout
+from tokensieve.pipeline.stages import POSITIONS, Stage
 from tokensieve.pipeline.tower_recorder import TowerRecorder, join_views
 
+if TYPE_CHECKING:
+    from tokensieve.pipeline.towers import TowerHandle
+
 MODALITIES = ("image", "video")
-POSITIONS = ("preserve", "compact")
 # Sequence-shaped inputs and what stands in for them at padded places; the pad id of `input_ids` is added later.
 _SEQUENCE_INPUTS = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
 
@@ -50,6 +55,8 @@ class VisualItem:
         deepstack: one `[n, D]` tensor per deepstack layer.
         output_type: class of the encoder's output, to wrap the kept features in again.
         in_tensor: whether that output holds one tensor for all items, or a list of them.
+        tower_stage: the method that shortened the tower, or None.
+        tower_plan: its tokens: those whose place holds a token that the tower still had at its end.
     """
 
     row: int
@@ -61,6 +68,8 @@ class VisualItem:
     deepstack: tuple[Tensor, ...]
     output_type: type
     in_tensor: bool
+    tower_stage: Stage | None = None
+    tower_plan: Plan | None = None
 
     def with_question(self, question: Question) -> VisualItem:
         """The same item, with what was asked about it."""
@@ -131,8 +140,29 @@ class VLMAdapter:
             )
         self.projector = self.base.get_submodule(self.family.projector_path)
 
+    def check_tower(self, stage: Stage) -> None:
+        """Raises UnsupportedModel unless a tower method can work in every tower of the model."""
+        for modality in MODALITIES:
+            if hasattr(self.base, f"get_{modality}_features"):
+                self._shortened(modality, stage).remove()
+
+    def _shortened(self, modality: str, stage: Stage) -> TowerHandle:
+        from tokensieve.pipeline.towers import compress_tower
+        from tokensieve.pipeline.towers.compress import last_block_read
+
+        tower = self.family.tower(self.base, modality)
+        blocks = self.family.tower_blocks(self.base, modality)
+        last = last_block_read(self.model, len(blocks))
+        return compress_tower(tower, stage.method.name, stage.keep, last_block=last, unmerge=True, **stage.options)
+
     def encode(
-        self, inputs: Mapping[str, Tensor], frames_as_video: bool = False, *, needs: Collection[str] = ()
+        self,
+        inputs: Mapping[str, Tensor],
+        frames_as_video: bool = False,
+        *,
+        needs: Collection[str] = (),
+        questions: Sequence[str] | None = None,
+        tower: Stage | None = None,
     ) -> list[VisualItem]:
         """Runs the vision encoder and finds the placeholders of every item.
 
@@ -141,6 +171,10 @@ class VLMAdapter:
             frames_as_video: treat all images of a prompt as the frames of one video, for families that get
                 videos as images; frames must have equal rasters.
             needs: what to record for the methods: "tower", "question" (see `Method.needs`; others are ignored).
+            questions: one a prompt: the text that goes with "question".
+            tower: a method that shortens the vision tower. Its output is spread over the full raster again, so that
+                pooling and packing go on as always and every method at the projector sees a raster; tokens that
+                hold no surviving place are left out by `VisualItem.tower_plan`.
 
         Returns:
             Items in the order of their placeholders, images first. Empty for a prompt of text alone.
@@ -157,22 +191,48 @@ class VLMAdapter:
             seen: list[Tensor] = []
             hook = self.projector.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
             recorder = TowerRecorder(self.family.tower_blocks(self.base, modality)) if "tower" in needs else None
+            shortened = self._shortened(modality, tower) if tower else None
             try:
                 with recorder or nullcontext():
                     out = encoder(**arguments, return_dict=True)
             finally:
                 hook.remove()
+                if shortened:
+                    shortened.remove()
             layouts = self.family.layouts(self.base, modality, out, inputs, torch.cat(seen))
-            items += self._place(layouts, modality, out, inputs["input_ids"], recorder)
+            views = [None] * len(layouts)
+            if recorder:
+                owners = shortened and _owners(shortened, self.family.tower_blocks(self.base, modality))
+                views = [recorder.view(of.patches, of.projector.to_tokens, owners) for of in layouts]
+            placed = self._place(layouts, views, modality, out, inputs["input_ids"])
+            if shortened:
+                anchors_BP = shortened.trace.anchor_mask()
+                placed = [
+                    replace(item, tower_stage=tower, tower_plan=_surviving(item, layout, anchors_BP))
+                    for item, layout in zip(placed, layouts, strict=True)
+                ]
+            items += placed
         if frames_as_video:
             frames = [item for item in items if item.modality == "image"]
             items = _join_frames(frames) + [item for item in items if item.modality != "image"]
         if "question" in needs:
-            items = [item.with_question(self._question(inputs, item.row)) for item in items]
+            asked = [self._question(inputs, row) for row in range(len(inputs["input_ids"]))]
+            if questions is not None:
+                asked = [replace(known, text=text) for known, text in zip(asked, questions, strict=True)]
+            before = [int(self._is_text(inputs, item.row)[: item.slots[0]].sum()) for item in items]
+            items = [
+                item.with_question(replace(asked[item.row], num_before=count))
+                for item, count in zip(items, before, strict=True)
+            ]
         return items
 
     def _question(self, inputs: Mapping[str, Tensor], row: int) -> Question:
-        """All text of a prompt: its tokens but placeholders, special ones and padding."""
+        ids_L = inputs["input_ids"][row]
+        embed = self.model.get_input_embeddings()
+        return Question(embeds=embed(ids_L[self._is_text(inputs, row)]).detach())
+
+    def _is_text(self, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+        """`[L]` bool: all text of a prompt: its tokens but placeholders, special ones and padding."""
         ids_L = inputs["input_ids"][row]
         config = self.model.config
         special = {getattr(config, f"{m}_token_id", None) for m in MODALITIES}
@@ -184,11 +244,9 @@ class VLMAdapter:
         is_text_L = ~torch.isin(ids_L, special_ids)
         if inputs.get("attention_mask") is not None:
             is_text_L &= inputs["attention_mask"][row].bool()
-        return Question(embeds=self.model.get_input_embeddings()(ids_L[is_text_L]).detach())
+        return is_text_L
 
-    def _place(
-        self, layouts, modality: str, out, input_ids: Tensor, recorder: TowerRecorder | None
-    ) -> list[VisualItem]:
+    def _place(self, layouts, views, modality: str, out, input_ids: Tensor) -> list[VisualItem]:
         placeholder = getattr(self.model.config, f"{modality}_token_id")
         rows, slots = (input_ids == placeholder).nonzero(as_tuple=True)
         lengths = [len(layout.features) for layout in layouts]
@@ -198,7 +256,7 @@ class VLMAdapter:
                 hint="Let the model's processor make the prompt.",
             )
         items = []
-        for layout, row, slot in zip(layouts, rows.split(lengths), slots.split(lengths), strict=True):
+        for layout, view, row, slot in zip(layouts, views, rows.split(lengths), slots.split(lengths), strict=True):
             device = layout.features.device
             structural = layout.structural
             if structural is None:
@@ -218,7 +276,7 @@ class VLMAdapter:
                         crop=crop.to(device),
                         times_s=layout.times_s,
                         projector=layout.projector,
-                        tower=recorder and recorder.view(layout.patches, layout.projector.to_tokens),
+                        tower=view,
                     ),
                     deepstack=layout.deepstack,
                     output_type=type(out),
@@ -333,6 +391,18 @@ def _kept_raster(item: VisualItem, plan: Plan) -> KeptRaster:
     return KeptRaster(row=item.row, token=token_n[item.kept(plan)], grids=item.tokens.grids)
 
 
+def _owners(shortened: TowerHandle, blocks: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Which token stood for each patch when it entered the last block, and the one before."""
+    return {place: shortened.trace_after(len(blocks) + place - 1).owner for place in (-1, -2)}
+
+
+def _surviving(item: VisualItem, layout: ItemLayout, anchors_BP: Tensor) -> Plan:
+    patches = layout.patches
+    held_P = anchors_BP[patches.start : patches.stop].flatten().float()
+    held_N = layout.projector.to_tokens(patches.to_rows(held_P[:, None]))[:, 0] > 0
+    return Plan(held_N.nonzero().squeeze(1), len(item.tokens))
+
+
 def _arguments_of(encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = inspect.signature(encoder).parameters
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
@@ -366,9 +436,18 @@ def _join_frames(items: Sequence[VisualItem]) -> list[VisualItem]:
                     tower=join_views([t.tower for t in tokens]) if tokens[0].tower is not None else None,
                 ),
                 deepstack=tuple(torch.cat(layer) for layer in zip(*(item.deepstack for item in frames), strict=True)),
+                tower_plan=_join_plans([item.tower_plan for item in frames]),
             )
         )
     return joined
+
+
+def _join_plans(plans: Sequence[Plan | None]) -> Plan | None:
+    if plans[0] is None:
+        return None
+    starts = [sum(plan.num_tokens for plan in plans[:i]) for i in range(len(plans))]
+    kept = torch.cat([plan.kept + start for plan, start in zip(plans, starts, strict=True)])
+    return Plan(kept, sum(plan.num_tokens for plan in plans))
 
 
 def _join_projectors(projectors: Sequence[Projector | None]) -> Projector | None:

@@ -81,6 +81,12 @@ class Chat:
         from transformers import DynamicCache
 
         check_question(question)
+        if self.vlm.compression and (stage := self.vlm.compression.at("decoder")):
+            raise BadOption(
+                f"{stage.method.name!r} drops tokens inside the language model, for one question: the cache of a chat "
+                "could not be continued.",
+                hint="Use a method in the tower or at the projector, or VLM.answer for each question.",
+            )
         vlm, model = self.vlm, self.vlm.model
         options = generate_options(model, max_new_tokens, generate) | {"return_dict_in_generate": True}
         if max(num_sequences(model, options)) > 1:
@@ -90,7 +96,7 @@ class Chat:
         else:
             turn = user_turn(self.clip, question, shows_video(vlm.processor, self.clip))
         conversation = [*self.turns, turn]
-        arguments = self._compressed(run_processor(vlm.processor, [self.clip], [conversation]))
+        arguments = self._compressed(run_processor(vlm.processor, [self.clip], [conversation]), question)
         ids_K = arguments["input_ids"][0]
         self._keep_common(ids_K)
         if self._cache is None:
@@ -107,12 +113,12 @@ class Chat:
         self.turns = [*conversation, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         return text
 
-    def _compressed(self, inputs: Mapping) -> dict[str, object]:
+    def _compressed(self, inputs: Mapping, question: str) -> dict[str, object]:
         """The conversation without the dropped tokens, which are chosen at the first turn."""
         vlm = self.vlm
         if self._items is None:
             joined = self.clip.num_frames > 1 and vlm.adapter.family.join_frames
-            prepared = vlm.compress_inputs(inputs, frames_as_video=joined)
+            prepared = vlm.compress_inputs(inputs, frames_as_video=joined, questions=[question])
             self._items, self._plans = prepared.items, prepared.plans
             self._positions = vlm.compression.positions if vlm.compression else "preserve"
             return dict(prepared)

@@ -54,7 +54,7 @@ class Answer:
 
     Attributes:
         answer: the generated text.
-        visual_tokens: "full" and "kept".
+        visual_tokens: "full" and "kept"; with a method in the decoder also "last_layer".
         prompt_tokens: text and visual tokens the language model saw.
         generated_tokens: tokens up to and including the end token.
         seconds: "read", "encode" (processor and vision encoder), "select", "generate"; of the whole batch.

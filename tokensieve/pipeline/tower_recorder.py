@@ -1,7 +1,7 @@
 """Records what a vision tower's last two layers look at, while it runs: for methods that need "tower".
 
-Forward hooks keep the hidden states that enter the two attentions; queries and keys are made of them per item,
-with the layer's own projections, norms and rotary embedding. The tower itself runs as always, on SDPA or Flash.
+Forward hooks keep the hidden states that enter the two blocks; queries and keys are made of them per item, with
+the block's own norms, projections and rotary embedding. The tower itself runs as always, on SDPA or Flash.
 """
 
 # Shape legend: B images of the tower's batch, S tokens of an image, P patches of an item, H heads, d width of a head,
@@ -9,8 +9,9 @@ with the layer's own projections, norms and rotary embedding. The tower itself r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from tokensieve.compression import TowerLayer, TowerView
 from tokensieve.errors import UnsupportedModel
 
-_ATTENTION_NAMES = ("self_attn", "attn", "attention")
+# Names of the first norm and the attention of a block, library by library.
+_PARTS = (("layer_norm1", "self_attn"), ("norm1", "attn"), ("layernorm_before", "attention"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class PatchMap:
 
 @dataclass
 class _Call:
+    norm: nn.Module
     attention: nn.Module
     hidden: list[Tensor] = field(default_factory=list)
     kwargs: list[dict] = field(default_factory=list)
@@ -58,32 +61,41 @@ class TowerRecorder:
     def __init__(self, blocks: Sequence[nn.Module]):
         if len(blocks) < 2:
             raise UnsupportedModel(f"A tower of at least 2 blocks can be recorded, this one has {len(blocks)}.")
-        self._last = blocks[-1]
-        self._calls = {place: _Call(_attention_of(blocks[place])) for place in (-1, -2)}
+        self._blocks = {place: blocks[place] for place in (-1, -2)}
+        self._calls = {place: _Call(*parts_of(block)) for place, block in self._blocks.items()}
         self._outputs: list[Tensor] = []
         self._hooks: list = []
 
     def __enter__(self) -> TowerRecorder:
-        for call in self._calls.values():
+        for place, call in self._calls.items():
 
             def record(_, args, kwargs, call=call):
                 call.hidden.append(args[0] if args else kwargs["hidden_states"])
                 call.kwargs.append(kwargs)
 
-            self._hooks.append(call.attention.register_forward_pre_hook(record, with_kwargs=True))
-        self._hooks.append(self._last.register_forward_hook(lambda _, __, out: self._outputs.append(_tensor(out))))
+            self._hooks.append(self._blocks[place].register_forward_pre_hook(record, with_kwargs=True))
+        self._hooks.append(
+            self._blocks[-1].register_forward_hook(lambda _, __, out: self._outputs.append(_tensor(out)))
+        )
         return self
 
     def __exit__(self, *_) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def view(self, patches: PatchMap, to_tokens: Callable[[Tensor], Tensor]) -> TowerView:
+    def view(
+        self,
+        patches: PatchMap,
+        to_tokens: Callable[[Tensor], Tensor],
+        owners: Mapping[int, Tensor] | None = None,
+    ) -> TowerView:
         """The record of one item.
 
         Args:
             patches: where the item is in the tower's batch.
             to_tokens: carries `[rows, C]` per projector row to `[N, C]` per visual token.
+            owners: of a tower that was shortened, per layer: `[B, P]` int64, which of the tokens that entered the
+                layer stands for each patch, -1 for a patch that was dropped before (it counts as 0).
 
         Raises:
             UnsupportedModel: the tower ran not once but several times.
@@ -91,16 +103,22 @@ class TowerRecorder:
         if len(self._outputs) != 1:
             raise UnsupportedModel(f"The vision tower ran {len(self._outputs)} times for one encoding, not once.")
 
-        def patches_to_tokens(values: Tensor) -> Tensor:
-            rows = patches.to_rows(values if values.ndim > 1 else values[:, None])
-            carried = to_tokens(rows)
+        def patches_to_tokens(values: Tensor, place: int) -> Tensor:
+            columns = values if values.ndim > 1 else values[:, None]
+            if owners is not None:
+                columns = _spread(columns, owners[place][patches.start : patches.stop])
+            carried = to_tokens(patches.to_rows(columns))
             return carried if values.ndim > 1 else carried[:, 0]
 
         layers = {}
         for place, call in self._calls.items():
-            query, key, scale = _queries_and_keys(call.attention, call.hidden[0], call.kwargs[0], patches)
+            query, key, scale = _queries_and_keys(call, patches)
             layers[place] = TowerLayer(
-                query=query, key=key, scale=scale, num_prefix=patches.num_prefix, to_tokens=patches_to_tokens
+                query=query,
+                key=key,
+                scale=scale,
+                num_prefix=patches.num_prefix,
+                to_tokens=partial(patches_to_tokens, place=place),
             )
         hidden = self._outputs[0][patches.start : patches.stop].detach()
         return TowerView(layers=layers, hidden=tuple(hidden) if hidden.ndim == 3 else (hidden,))
@@ -127,11 +145,22 @@ def join_views(views: Sequence[TowerView]) -> TowerView:
     return TowerView(layers=layers, hidden=tuple(h for view in views for h in view.hidden))
 
 
-def _attention_of(block: nn.Module) -> nn.Module:
-    for name in _ATTENTION_NAMES:
-        if hasattr(block, name):
-            return getattr(block, name)
-    raise UnsupportedModel(f"No attention found in {type(block).__name__}; looked for {', '.join(_ATTENTION_NAMES)}.")
+def parts_of(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The norm in front of a block's attention, and the attention."""
+    for norm, attention in _PARTS:
+        if hasattr(block, norm) and hasattr(block, attention):
+            return getattr(block, norm), getattr(block, attention)
+    raise UnsupportedModel(
+        f"{type(block).__name__} is not known as a block of a vision tower.",
+        hint=f"Blocks have one of these pairs of a norm and an attention: {_PARTS}.",
+    )
+
+
+def _spread(values_KC: Tensor, owner_BP: Tensor) -> Tensor:
+    """`[B * K, C]` of the tokens left in each image to `[B * P, C]` of its patches."""
+    values_BKC = values_KC.unflatten(0, (len(owner_BP), -1))
+    spread_BPC = values_BKC.gather(1, owner_BP.clamp(min=0)[..., None].expand(-1, -1, values_KC.shape[1]))
+    return spread_BPC.masked_fill((owner_BP < 0)[..., None], 0).flatten(0, 1)
 
 
 def _tensor(out) -> Tensor:
@@ -139,25 +168,23 @@ def _tensor(out) -> Tensor:
 
 
 @torch.no_grad()
-def _queries_and_keys(
-    attention: nn.Module, hidden: Tensor, kwargs: dict, patches: PatchMap
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]:
+def _queries_and_keys(call: _Call, patches: PatchMap) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]:
     """One `[H, S, d]` query and key per group of the item, and the scale of their products."""
-    part = slice(patches.start, patches.stop)
+    attention, (hidden,), (kwargs,) = call.attention, call.hidden, call.kwargs
+    hidden = call.norm(hidden[patches.start : patches.stop])
     if hasattr(attention, "q_proj"):
-        hidden = hidden[part]
         query, key = attention.q_proj(hidden), attention.k_proj(hidden)
         if hasattr(attention, "q_norm"):  # InternVL: over all heads at once
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key))
         return tuple(query), tuple(key), attention.scale
     query, key, _ = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-    query, key = (_rotated(x, *kwargs["position_embeddings"])[part] for x in (query, key))
+    cos_Sd, sin_Sd = (part[patches.start : patches.stop] for part in kwargs["position_embeddings"])
     # The borders of the groups (frames or windows) inside the item; items never share a group.
     borders = kwargs["cu_seqlens"].tolist()
     lengths = [b - a for a, b in zip(borders, borders[1:], strict=False) if patches.start <= a < patches.stop and b > a]
-    query, key = (tuple(g.transpose(0, 1) for g in x.split(lengths)) for x in (query, key))
-    return query, key, attention.scaling
+    query, key = (_rotated(x, cos_Sd, sin_Sd).split(lengths) for x in (query, key))
+    return *(tuple(g.transpose(0, 1) for g in groups) for groups in (query, key)), attention.scaling
 
 
 def _rotated(x_SHd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.compression import Method, Plan, check_keep, get_method, keep_all
+from tokensieve.compression import Plan, keep_all
 from tokensieve.errors import BadOption
-from tokensieve.pipeline.adapter import POSITIONS, VisualItem, VLMAdapter
+from tokensieve.pipeline.adapter import VisualItem, VLMAdapter
 from tokensieve.pipeline.generation import generate_options, num_generated, num_sequences
 from tokensieve.pipeline.prompt import as_frames, check_question, run_processor, shows_video, user_turn
 from tokensieve.pipeline.results import Answer, Prepared
+from tokensieve.pipeline.stages import Compression, Stage, build_stages
 
-
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """A method with its budget: what `VLM.compress` sets.
-
-    Attributes:
-        method: the registered method.
-        keep: fraction in (0, 1] or number of tokens per image or video.
-        positions: "preserve" or "compact", see `VLMAdapter.emit`.
-        seed: of the generator that every item gets afresh, so that batches equal single calls.
-        options: the method's own options.
-    """
-
-    method: Method
-    keep: float | int
-    positions: str = "preserve"
-    seed: int = 0
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
-        self.method.check_options(dict(self.options))
-        if self.positions not in POSITIONS:
-            raise BadOption(f"positions must be one of {POSITIONS}, got {self.positions!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise BadOption(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
-
-    def select(self, item: VisualItem) -> Plan:
-        """The plan for one image or video."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self.method(item.tokens, self.keep, generator=generator, **self.options)
+if TYPE_CHECKING:
+    from tokensieve.pipeline.decoder_hooks import DecoderHooks
 
 
 class VLM:
@@ -72,11 +44,12 @@ class VLM:
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.adapter = VLMAdapter(model)
         self.compression: Compression | None = None
+        self._decoder: DecoderHooks | None = None
 
     def compress(
         self,
-        method: str | None,
-        keep: float | int = 0.25,
+        method: str | Stage | Sequence[str | Stage] | None,
+        keep: float | int | Sequence[float | int] = 0.25,
         *,
         positions: str = "preserve",
         seed: int = 0,
@@ -85,25 +58,50 @@ class VLM:
         """Sets the compression of all later calls and returns self; `compress(None)` takes it off.
 
         Args:
-            method: a name from `tokensieve.list_methods()`.
-            keep: fraction in (0, 1] or whole number of tokens per image or video.
+            method: a name from `tokensieve.list_methods()`, a `Stage`, or a stack of them: at most one in the vision
+                tower, one at the projector and one in the decoder.
+            keep: fraction in (0, 1] or whole number of tokens, of those that reach the method, per image or video
+                (in the decoder: per prompt); for a stack one for all, or a list.
             positions: "preserve" keeps the positions of kept tokens, "compact" renumbers.
             seed: for methods that draw at random.
-            **options: the method's own options.
+            **options: the method's own options; in a stack they go to the methods that know them.
+
+        A method in the decoder hooks the model's layers until it is taken off; `model.generate` and `model(...)` are
+        compressed as well as long as it is on.
 
         Raises:
             BadOption: unknown method or option, or a value that is not allowed; what was set before stays.
+            UnsupportedModel: the method cannot work in this model; what was set before stays.
         """
-        if method is None:
-            self.compression = None
-        else:
-            self.compression = Compression(
-                method=get_method(method), keep=keep, positions=positions, seed=seed, options=options
-            )
+        compression, decoder = None, None
+        if method is not None:
+            compression = Compression(stages=build_stages(method, keep, options), positions=positions, seed=seed)
+            if (tower := compression.at("tower")) is not None:
+                self.adapter.check_tower(tower)
+            if (stage := compression.at("decoder")) is not None:
+                from tokensieve.pipeline.decoder_hooks import DecoderHooks
+
+                decoder = DecoderHooks(self.model, stage.method.fn(**stage.options), stage.keep)
+        if self._decoder is not None:
+            self._decoder.remove()
+        try:
+            if decoder is not None:
+                decoder.install()
+        except BadOption:  # another VLM works inside the same model
+            if self._decoder is not None:
+                self._decoder.install()
+            raise
+        self.compression, self._decoder = compression, decoder
         return self
 
     def compress_inputs(
-        self, inputs: Mapping[str, Tensor], *, target: str = "generate", frames_as_video: bool = False
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        target: str = "generate",
+        frames_as_video: bool = False,
+        questions: Sequence[str] | None = None,
+        needs: Collection[str] = (),
     ) -> Prepared:
         """What the processor made, with visual tokens dropped; gradients reach the encoder if they are on.
 
@@ -111,6 +109,9 @@ class VLM:
             inputs: the processor's output, with `labels` if a loss is wanted. Left as they are.
             target: "generate" or "forward" (for `model(...)`, training included).
             frames_as_video: treat all images of a prompt as frames of one video.
+            questions: one a prompt, for methods that read the question as text.
+            needs: what to record beside what the method in force needs ("tower", "question"), so that `reselect`
+                can try other methods.
 
         Raises:
             BadOption: no `input_ids`, or placeholders and pixels that do not match.
@@ -122,15 +123,21 @@ class VLM:
             inputs.pop("labels", None)
         seconds: dict[str, float] = {}
         with _timed(seconds, "encode", self.model.device):
-            items = self.adapter.encode(inputs, frames_as_video)
+            compression = self.compression
+            items = self.adapter.encode(
+                inputs,
+                frames_as_video,
+                needs={*needs, *(compression.needs if compression else ())},
+                questions=questions,
+                tower=compression.at("tower") if compression else None,
+            )
         with _timed(seconds, "select", self.model.device):
             plans = [self._select(item) for item in items]
         return self._emit(inputs, items, plans, target=target, seconds=seconds)
 
     def _select(self, item: VisualItem) -> Plan:
-        if self.compression is None:
-            return keep_all(len(item.tokens), item.features.device)
-        return self.compression.select(item)
+        plan = self.compression.select(item.tokens) if self.compression else None
+        return plan or item.tower_plan or keep_all(len(item.tokens), item.features.device)
 
     def _emit(self, inputs, items, plans, *, target: str, seconds: dict[str, float]) -> Prepared:
         pad = self.model.generation_config.pad_token_id
@@ -145,12 +152,13 @@ class VLM:
         return prepared
 
     @torch.no_grad()
-    def prepare(self, media, question, **read_options) -> Prepared:
+    def prepare(self, media, question, *, needs: Collection[str] = (), **read_options) -> Prepared:
         """Reads, encodes and selects: the keyword arguments for `model.generate`.
 
         Args:
             media: a path, `Frames`, PIL image or uint8 array; or a list of them for a batch.
             question: a string, or one per medium.
+            needs: as in `compress_inputs`.
             **read_options: passed to `read_video` for paths; 8 frames unless told otherwise.
 
         Raises:
@@ -171,7 +179,7 @@ class VLM:
             ]
             inputs = run_processor(self.processor, clips, turns)
         joined = clips[0].num_frames > 1 and self.adapter.family.join_frames
-        prepared = self.compress_inputs(inputs, frames_as_video=joined)
+        prepared = self.compress_inputs(inputs, frames_as_video=joined, questions=questions, needs=needs)
         prepared.clips = clips
         prepared.seconds = {
             "read": seconds["read"],
@@ -185,7 +193,17 @@ class VLM:
         """The same prompts under the compression in force now, for `model.generate`: nothing is encoded again.
 
         For comparing methods and budgets on the same clips; also makes arguments that beam search used up afresh.
+
+        Raises:
+            BadOption: the method needs something that was not recorded (see `needs` of `prepare`), or the tower ran
+                under another tower stage.
         """
+        tower = self.compression.at("tower") if self.compression else None
+        if any(repr(item.tower_stage) != repr(tower) for item in prepared.items):
+            raise BadOption(
+                "The vision tower ran with another tower stage, so its tokens cannot be reselected.",
+                hint="Call prepare again.",
+            )
         seconds = dict(prepared.seconds) | {"select": 0.0}
         with _timed(seconds, "select", self.model.device):
             plans = [self._select(item) for item in prepared.items]
@@ -235,18 +253,26 @@ class VLM:
         answers = [
             Answer(
                 answer=text.strip(),
-                visual_tokens=prepared.visual_tokens(i // returned),
+                visual_tokens=prepared.visual_tokens(i // returned) | self._last_layer(i // returned),
                 prompt_tokens=prepared.prompt_tokens[i // returned],
                 generated_tokens=num_generated(row, self.model, options),
                 seconds=dict(seconds),
                 model=self.name,
-                method=self.compression.method.name if self.compression else None,
+                method=self.compression.name if self.compression else None,
                 keep=self.compression.keep if self.compression else 1.0,
                 notes=prepared.clips[i // returned].notes,
             )
             for i, (text, row) in enumerate(zip(texts, new, strict=True))
         ]
         return answers if returned == 1 else [answers[i : i + returned] for i in range(0, len(answers), returned)]
+
+    def last_layer_tokens(self) -> list[int] | None:
+        """Visual tokens of every prompt of the last prefill in the last layer; None without a method in the decoder."""
+        return None if self._decoder is None else [layers[-1] for layers in self._decoder.kept_per_layer]
+
+    def _last_layer(self, row: int) -> dict[str, int]:
+        left = self.last_layer_tokens()
+        return {} if left is None else {"last_layer": left[row]}
 
 
 def _batch(media, question) -> tuple[list, list[str]]:

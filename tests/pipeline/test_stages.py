@@ -1,0 +1,138 @@
+"""What `VLM.compress` takes: names, stages, stacks, budgets and options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.pipeline.tiny_families import make_inputs, make_model
+from tokensieve import VLM, Stage
+from tokensieve.errors import BadOption
+from tokensieve.pipeline.stages import Compression, build_stages
+
+
+def names(stages):
+    return [(s.method.name, s.keep, s.options) for s in stages]
+
+
+@pytest.mark.parametrize(
+    "methods, keep, options, expected",
+    [
+        ("zoprune", 0.5, {"step": 0.1}, [("zoprune", 0.5, {"step": 0.1})]),
+        (["zoprune"], [64], {}, [("zoprune", 64, {})]),
+        (["tome", "zoprune"], 0.5, {}, [("tome", 0.5, {}), ("zoprune", 0.5, {})]),
+        (["tome", "zoprune"], [0.5, 0.25], {"step": 0.1}, [("tome", 0.5, {}), ("zoprune", 0.25, {"step": 0.1})]),
+        ([Stage("zoprune", 0.1, step=0.2), "fastv"], 0.5, {}, [("zoprune", 0.1, {"step": 0.2}), ("fastv", 0.5, {})]),
+        (Stage("evs", 3), 0.5, {}, [("evs", 3, {})]),
+    ],
+)
+def test_what_a_user_types(methods, keep, options, expected):
+    assert names(build_stages(methods, keep, options)) == expected
+
+
+@pytest.mark.parametrize(
+    "methods, keep, options, message",
+    [
+        ("zoprun", 0.5, {}, "Did you mean 'zoprune'"),
+        ("zoprune", 0, {}, "keep"),
+        ("zoprune", 0.5, {"stp": 1}, "Did you mean 'step'"),
+        (["tome", "zoprune"], [0.5], {}, "2 methods and 1 budgets"),
+        (["tome", "zoprune"], 0.5, {"stp": 1}, "None of tome, zoprune has an option 'stp'"),
+        ([Stage("zoprune")], 0.5, {"step": 1}, "no owner"),
+        ([3], 0.5, {}, "name or a Stage, got int"),
+    ],
+)
+def test_what_is_refused(methods, keep, options, message):
+    with pytest.raises(BadOption) as error:
+        build_stages(methods, keep, options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("methods", [["zoprune", "evs"], ["fastv", "pyramiddrop"], ["tome", "zoprune", "tome"], []])
+def test_one_method_a_place(methods):
+    with pytest.raises(BadOption, match="one method in each place"):
+        Compression(stages=build_stages(methods, 0.5, {}))
+
+
+def test_stages_run_in_the_order_of_their_places():
+    stack = Compression(stages=build_stages(["fastv", "tome", "zoprune"], [0.1, 0.2, 0.3], {}))
+    assert stack.name == "tome,zoprune,fastv" and stack.keep == [0.2, 0.3, 0.1]
+    assert stack.at("decoder").method.name == "fastv" and stack.needs == {"features", "projector"}
+    assert repr(stack.at("projector")) == "Stage('zoprune', keep=0.3)"
+
+
+def test_options_may_need_something_themselves():
+    class Scorer:
+        needs = ("tower",)
+
+        def __call__(self, tokens):
+            raise NotImplementedError
+
+    stack = Compression(stages=build_stages("cacovid", 0.5, {"policy": Scorer()}))
+    assert {"tower", "features", "frames"} <= stack.needs
+
+
+class TestVLM:
+    """The stack inside a model: tower, projector and decoder together."""
+
+    @pytest.fixture
+    def vlm(self):
+        vlm = VLM(make_model("llava"))
+        yield vlm
+        vlm.compress(None)
+
+    def test_a_tower_stage_leaves_out_what_the_tower_merged(self, vlm):
+        inputs = make_inputs("llava", 2)
+        prepared = vlm.compress("tome", 0.5).compress_inputs(inputs)
+        assert [plan.num_kept for plan in prepared.plans] == [8] * len(prepared.items)
+        full = vlm.compress(None).compress_inputs(inputs)
+        merged = {
+            i
+            for i, p in enumerate(prepared.plans)
+            if not torch.equal(prepared.items[i].features, full.items[i].features)
+        }
+        assert len(merged) == len(prepared.items)
+
+    def test_a_full_tower_budget_changes_nothing(self, vlm):
+        inputs = make_inputs("llava", 2)
+        full = vlm.compress_inputs(inputs)
+        prepared = vlm.compress("tome", 1.0).compress_inputs(inputs)
+        for got, want in zip(prepared.items, full.items, strict=True):
+            assert torch.equal(got.features, want.features)
+        assert all(plan.num_kept == 16 for plan in prepared.plans)
+
+    def test_each_stage_has_its_own_budget(self, vlm):
+        inputs = make_inputs("llava", 2)
+        prepared = vlm.compress(["tome", "divprune", "fastv"], [0.5, 0.25, 0.5]).compress_inputs(inputs)
+        assert [plan.num_kept for plan in prepared.plans] == [4] * len(prepared.items)
+        vlm.model.generate(**prepared, max_new_tokens=2, do_sample=False)
+        kept = [prepared.visual_tokens(row)["kept"] for row in range(2)]
+        assert [layers[-1] for layers in vlm._decoder.kept_per_layer] == [k // 2 for k in kept]
+        assert [layers[0] for layers in vlm._decoder.kept_per_layer] == kept
+
+    def test_taking_it_off_leaves_no_trace(self, vlm):
+        inputs = make_inputs("llava", 1)
+        options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        plain = vlm.model.generate(**inputs, **options)
+        vlm.compress(["tome", "divprune", "fastv"], [0.5, 0.25, 0.5])
+        vlm.model.generate(**vlm.compress_inputs(inputs), **options)
+        vlm.compress(None)
+        assert torch.equal(vlm.model.generate(**inputs, **options), plain)
+
+    def test_reselect_needs_the_same_tower(self, vlm):
+        prepared = vlm.compress_inputs(make_inputs("llava", 1))
+        with pytest.raises(BadOption, match="prepare again"):
+            vlm.compress("tome", 0.5).reselect(prepared)
+
+    def test_what_was_not_recorded_is_named(self, vlm):
+        prepared = vlm.compress("uniform", 0.5).compress_inputs(make_inputs("llava", 1))
+        with pytest.raises(BadOption, match="attention of the vision tower"):
+            vlm.compress("visionzip", 0.5).reselect(prepared)
+        prepared = vlm.compress("uniform", 0.5).compress_inputs(make_inputs("llava", 1), needs={"tower"})
+        assert vlm.compress("visionzip", 0.5).reselect(prepared).plans[0].num_kept == 8
+
+    def test_a_bad_stack_leaves_the_old_one(self, vlm):
+        before = vlm.compress("uniform", 0.5).compression
+        with pytest.raises(BadOption):
+            vlm.compress(["tome", "nothing"], 0.5)
+        assert vlm.compression is before
