@@ -203,7 +203,7 @@ def test_bad_logits_are_refused(made, message):
         cacovid(random_video(), 30, policy=lambda _: made())
 
 
-@pytest.mark.parametrize("importance", [0, -1, 1.5, True, "0.5", None, float("nan")])
+@pytest.mark.parametrize("importance", [0, -1, 1.5, True, "0.5", float("nan")])
 def test_bad_importance_is_refused(importance):
     with pytest.raises(BadOption, match=r"importance must be in \(0, 1\]"):
         cacovid(random_video(), 30, policy=random_policy, importance=importance)
@@ -213,3 +213,20 @@ def test_bad_importance_is_refused(importance):
 def test_bad_caps_are_refused(frame_cap):
     with pytest.raises(BadOption, match="frame_cap must be a finite number above 0"):
         cacovid(random_video(), 30, policy=random_policy, frame_cap=frame_cap)
+
+
+@pytest.mark.parametrize("importance", [None, 1.0, 0.5])
+@pytest.mark.parametrize("num_keep", [2, 7, 24, 95])
+def test_without_frame_logits_all_tokens_are_ranked_together(num_keep, importance):
+    video = random_video()
+    score_N = torch.randn(96, generator=torch.Generator().manual_seed(4))
+    score_N[24:] -= 10  # all good ones in the first frame
+
+    def policy(tokens):
+        return torch.stack([-score_N, score_N], -1), None
+
+    options = {} if importance is None else {"importance": importance}
+    plan = get_method("cacovid")(video, num_keep, policy=policy, **options)
+    assert plan.num_kept == num_keep
+    chosen = score_N.sort(descending=True).indices[: num_keep if importance != 0.5 else num_keep // 2]
+    assert set(chosen.tolist()) <= set(plan.kept.tolist())

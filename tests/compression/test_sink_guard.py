@@ -219,7 +219,14 @@ def video_with_sinks(layer=-1):
     return dataclasses.replace(random_video(), tower=tower)
 
 
-PICTURES = [("visionzip", -2, {}), ("prumerge", -1, {}), ("prumerge+", -1, {}), ("prumerge", -1, {"adaptive": True})]
+PICTURES = [
+    ("visionzip", -2, {}),
+    ("prumerge", -1, {}),
+    ("prumerge+", -1, {}),
+    ("prumerge", -1, {"adaptive": True}),
+    ("fastvid", -1, {}),
+    ("holitom", -1, {}),
+]
 each_method = pytest.mark.parametrize(("name", "layer", "options"), PICTURES, ids=lambda v: str(v) if v else "")
 
 
@@ -270,7 +277,7 @@ def test_the_layer_that_ranks_is_the_layer_that_is_searched(name, layer, options
     assert {*protected.kept.tolist()} - {*excluded.kept.tolist()} == {11}  # only the one with the norm is a sink
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge", "prumerge+"])
+@pytest.mark.parametrize("name", ["visionzip", "prumerge", "prumerge+", "fastvid", "holitom"])
 def test_frames_without_a_share_still_protect_their_sinks(name):
     tower = with_sinks(
         random_tower(), patch_by_mass=5, patch_by_norm=11, layer=-2 if name == "visionzip" else -1, group=1
@@ -285,7 +292,7 @@ def test_the_outlier_rule_still_needs_no_budget(mode):
     assert torch.equal(few.kept, many.kept)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge", "prumerge+"])
+@pytest.mark.parametrize("name", ["visionzip", "prumerge", "prumerge+", "fastvid", "holitom"])
 def test_methods_refuse_unknown_modes(name):
     with pytest.raises(BadOption, match="sinks must be one of off, exclude, protect; got 'on'"):
         get_method(name)(random_video(), 16, sinks="on")

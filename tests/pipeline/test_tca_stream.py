@@ -491,8 +491,10 @@ def test_saved_streams_go_on_as_if_nothing_had_happened(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["stream.safetensors"]
     loaded, direct = TCAStream(model, text), TCAStream(model, text)
     loaded.load(tmp_path / "stream.safetensors")
-    direct.load_state_dict(half.state_dict())
-    half.reset()  # the state of others is a copy
+    state = half.state_dict()
+    half.step(images(16, seed=8))  # the state is a copy
+    direct.load_state_dict(state)
+    half.step(images(16, seed=8))  # and so is what was loaded
     for stream in (loaded, direct):
         torch.testing.assert_close(stream.step(images(16)[8:]), expected, atol=2e-4, rtol=1e-4)
         assert stream.num_seen == 16

@@ -78,7 +78,7 @@ def cacovid(
     *,
     generator: torch.Generator | None = None,
     policy: Policy | None = None,
-    importance: float = IMPORTANCE,
+    importance: float | None = None,
     frame_cap: float | None = None,
 ) -> Plan:
     """Keeps what a trained policy holds useful, and an even sample of the rest. Deterministic: no `generator` is used.
@@ -88,8 +88,10 @@ def cacovid(
     Args:
         tokens: the candidates.
         num_keep: how many stay.
-        policy: a callable `(tokens) -> (token_logits [N, 2], frame_logits [T, 2])`, drop first, keep second.
-        importance: share of the budget that the policy decides on, in (0, 1]; the rest is even coverage.
+        policy: a callable `(tokens) -> (token_logits [N, 2], frame_logits [T, 2])`, drop first, keep second. Frame
+            logits may be None: then all tokens of the video are ranked together (ours), and `frame_cap` says nothing.
+        importance: share of the budget that the policy decides on, in (0, 1]; the rest is even coverage. None for
+            0.5, or 1 for a policy without frame logits.
         frame_cap: above 0; the policy chooses about `importance * n * frame_cap` of a frame's n tokens at most. None
             for 1.5 times the share of all tokens that is kept.
 
@@ -104,6 +106,12 @@ def cacovid(
         )
     token_logits_N2, frame_logits_T2 = policy(tokens)
     num_frames = tokens.grids[0][0] if len(tokens.grids) == 1 else 1
+    if frame_logits_T2 is None:  # the whole video is one frame, which may hold all of the budget
+        importance = 1.0 if importance is None else importance
+        _check_share("importance", importance, most=1)
+        num_frames, frame_logits_T2, frame_cap = 1, token_logits_N2.new_zeros(1, 2), 2 / importance
+    elif importance is None:
+        importance = IMPORTANCE
     for name, logits, count in (("token", token_logits_N2, len(tokens)), ("frame", frame_logits_T2, num_frames)):
         if logits.shape != (count, 2) or not logits.isfinite().all():
             raise BadOption(

@@ -24,7 +24,8 @@ What differs from the official code (LunarShen/FastVID, MIT; written from the de
 """
 
 # Shape legend: T frames, n places of a frame, N = T * n tokens, M tokens of a scene that are not salient,
-#               Q tokens of a frame that are not salient, K centres, C channels, G width of a frame's vector
+#               S tokens of a frame that are not set aside, Q those of them that are not salient, K centres,
+#               C channels, G width of a frame's vector
 
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ from tokensieve.compression.maxmin import unit_rows
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
 from tokensieve.compression.score_diversity import share_budget
+from tokensieve.compression.sink_guard import set_aside, sinks_to_guard
 from tokensieve.compression.temporal import even_shares, frames_of, plan_from_entries
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
@@ -66,6 +68,7 @@ def fastvid(
     context_share: float = 0.4,
     anchor_spacing: int = 4,
     centre_weight: float = 0.6,
+    sinks: str = "off",
 ) -> Plan:
     """Keeps salient tokens and merges the rest of each scene. Deterministic: `generator` is not used.
 
@@ -79,9 +82,12 @@ def fastvid(
         context_share: share of the budget for merged tokens, in [0, 1].
         anchor_spacing: frames from one anchor frame to the next.
         centre_weight: least weight of a centre in its merged token, in [0, 1].
+        sinks: what becomes of the tower's attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as
+            in the paper), "exclude" (neither kept nor merged, the budget goes to the others of the frame) or "protect"
+            (all stay as they are, outside the budget: `num_keep` plus the number of sinks stay).
 
     Raises:
-        BadOption: an option is out of range.
+        BadOption: an option is out of range, or `sinks` is none of these.
     """
     for name, value in (("min_scenes", min_scenes), ("anchor_spacing", anchor_spacing)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -104,6 +110,8 @@ def fastvid(
         context_share,
         anchor_spacing,
         centre_weight,
+        sinks_to_guard(tokens.tower, sinks),
+        sinks,
     )
 
 
@@ -117,20 +125,24 @@ def prune_by_density(
     context_share: float = 0.4,
     anchor_spacing: int = 4,
     centre_weight: float = 0.6,
+    is_sink_N: Tensor | None = None,
+    sinks: str = "off",
 ) -> Plan:
-    """The method for any frame vectors `frame_TG` and any `salience_Tn`; the rest as in `fastvid`."""
+    """The method for any frame vectors `frame_TG`, `salience_Tn` and sinks; the rest as in `fastvid`."""
     num_frames, num_places = salience_Tn.shape
-    shares = even_shares(num_frames, num_keep)
-    context = [int(context_share * share) for share in shares]
     index_Tn = torch.arange(num_frames * num_places, device=x_TnC.device).view(num_frames, num_places)
-    order_Tn = salience_Tn.sort(dim=-1, descending=True, stable=True).indices
-    salient, others = [], []  # of every frame, rising token indices
-    for frame in range(num_frames):
-        is_salient_n = torch.zeros_like(index_Tn[frame], dtype=torch.bool)
-        is_salient_n[order_Tn[frame, : shares[frame] - context[frame]]] = True
-        salient.append(index_Tn[frame, is_salient_n])
-        others.append(index_Tn[frame, ~is_salient_n])
-    kept = torch.cat(salient)
+    salience_N = salience_Tn.flatten()
+    stay, others, context = [], [], []  # of every frame: rising token indices, and how many of the others are centres
+    for index_n, share in zip(index_Tn, even_shares(num_frames, num_keep), strict=True):
+        member_S, share, aside = set_aside(index_n, share, is_sink_N, sinks)
+        num_context = int(context_share * share)
+        order_S = salience_N[member_S].sort(descending=True, stable=True).indices
+        is_salient_S = torch.zeros_like(member_S, dtype=torch.bool)
+        is_salient_S[order_S[: share - num_context]] = True
+        stay += [member_S[is_salient_S], aside]
+        others.append(member_S[~is_salient_S])
+        context.append(num_context)
+    kept = torch.cat(stay)
     entries = [(kept, kept, torch.ones(len(kept), device=kept.device))]
     x_NC, first = x_TnC.flatten(0, 1), 0
     for length in scene_lengths(frame_TG, min_scenes, threshold):

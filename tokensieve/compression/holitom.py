@@ -24,7 +24,7 @@ What differs from the official code (cokeshao/HoliTom, Apache-2.0; written from 
 """
 
 # Shape legend: T frames, n places of a frame, N = T * n tokens, S scenes, P still places of a scene, K their centres,
-#               C channels
+#               W frames of a scene, M loose tokens of a frame, Q those that stay, C channels
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from tokensieve.compression.density_peaks import cluster
 from tokensieve.compression.maxmin import unit_rows
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.sink_guard import add_sinks, set_aside, sinks_to_guard
 from tokensieve.compression.temporal import frames_of, plan_from_entries, proportional_shares, still_places
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
@@ -65,6 +66,7 @@ def holitom(
     generator: torch.Generator | None = None,
     threshold: float = 0.8,
     official_counts: bool = False,
+    sinks: str = "off",
 ) -> Plan:
     """Merges what stands still over each scene, prunes the rest by salience. Deterministic: `generator` is not used.
 
@@ -76,9 +78,13 @@ def holitom(
         threshold: cosine of neighbouring frames above which a place counts as still, in [-1, 1]. The paper has 0.8,
             and 0.65 where a tenth of the tokens stays.
         official_counts: round as the official code does.
+        sinks: what becomes of the tower's attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as
+            in the paper), "exclude" (neither kept nor merged, the budget goes to the others) or "protect" (all stay
+            as they are, outside the budget: `num_keep` plus the number of sinks stay). A place does not stand still
+            while a sink is there.
 
     Raises:
-        BadOption: an option is out of range.
+        BadOption: an option is out of range, or `sinks` is none of these.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
         raise BadOption(f"threshold must be a cosine in [-1, 1], got {threshold!r}.")
@@ -87,10 +93,16 @@ def holitom(
     x_TnC = frames_of(tokens)
     salience_Tn = tokens.tower.layers[-1].received_attention().reshape(x_TnC.shape[:2])
     unit_TnC = unit_rows(x_TnC)
-    cosine_Tn = (unit_TnC[1:] * unit_TnC[:-1]).sum(-1)
+    # All frames are one picture here: they share one budget by what they hold.
+    everyone = torch.arange(len(tokens), device=x_TnC.device)
+    others, num_keep, aside = set_aside(everyone, num_keep, sinks_to_guard(tokens.tower, sinks), sinks)
+    is_other_Tn = torch.isin(everyone, others).view(salience_Tn.shape)
+    cosine_Tn = (unit_TnC[1:] * unit_TnC[:-1]).sum(-1).masked_fill(~(is_other_Tn[1:] & is_other_Tn[:-1]), -torch.inf)
     lengths = scene_lengths(cosine_Tn > threshold)
-    still_Sn = still_places(least_cosine(cosine_Tn, lengths), lengths, threshold, 0 if official_counts else num_keep)
-    return merge_and_prune(x_TnC, salience_Tn, still_Sn, lengths, num_keep, official_counts)
+    num_left = 0 if official_counts else num_keep + len(tokens) - len(others)
+    still_Sn = still_places(least_cosine(cosine_Tn, lengths), lengths, threshold, num_left)
+    plan = merge_and_prune(x_TnC, salience_Tn, still_Sn, lengths, num_keep, official_counts, is_other_Tn)
+    return add_sinks(plan, everyone, aside, len(tokens))
 
 
 def scene_lengths(alike_Tn: Tensor) -> list[int]:
@@ -135,16 +147,23 @@ def merge_and_prune(
     lengths: list[int],
     num_keep: float,
     official_counts: bool = False,
+    is_other_Tn: Tensor | None = None,
 ) -> Plan:
-    """The plan for given scenes and still places. `num_keep` may be a fraction of a token with `official_counts`."""
-    num_still = still_Sn.sum(1).tolist()
-    sizes = []  # scene by scene: its still places, then the other places of each frame
-    for still, length in zip(num_still, lengths, strict=True):
-        sizes += [still, *[still_Sn.shape[1] - still] * length]
+    """The plan for given scenes and still places. `num_keep` may be a fraction of a token with `official_counts`.
+
+    With `is_other_Tn` (bool) tokens where it is False are left out; they must not be at still places.
+    """
+    is_loose_Tn = ~still_Sn.repeat_interleave(torch.tensor(lengths, device=still_Sn.device), dim=0)
+    if is_other_Tn is not None:
+        is_loose_Tn &= is_other_Tn
+    num_loose = [loose_W.tolist() for loose_W in is_loose_Tn.sum(1).split(lengths)]
+    # Scene by scene: its still places, then the loose tokens of each frame.
+    groups = list(zip(still_Sn.sum(1).tolist(), num_loose, strict=True))
+    sizes = [size for still, loose in groups for size in (still, *loose)]
     if official_counts:
         ratio, shares = min(num_keep / sum(sizes), 1.0), []
-        for still, length in zip(num_still, lengths, strict=True):
-            shares += [round(still * ratio), *[math.ceil((still_Sn.shape[1] - still) * ratio)] * length]
+        for still, loose in groups:
+            shares += [round(still * ratio), *[math.ceil(size * ratio) for size in loose]]
     else:
         shares = proportional_shares(sizes, num_keep)
     share_of_next = iter(shares)
@@ -154,8 +173,9 @@ def merge_and_prune(
         scene = slice(first, first + length)
         entries.append(_merge_still(x_TnC[scene, still_n], index_Tn[scene, still_n], next(share_of_next)))
         for frame in range(first, first + length):
-            index_M, num_salient = index_Tn[frame, ~still_n], next(share_of_next)
-            order_M = salience_Tn[frame, ~still_n].sort(descending=True, stable=True).indices
+            is_loose_n = is_loose_Tn[frame]
+            index_M, num_salient = index_Tn[frame, is_loose_n], next(share_of_next)
+            order_M = salience_Tn[frame, is_loose_n].sort(descending=True, stable=True).indices
             kept_Q = index_M[order_M[:num_salient]]
             entries.append((kept_Q, kept_Q, torch.ones(len(kept_Q), device=kept_Q.device)))
         first += length

@@ -15,7 +15,7 @@ What differs from the official code (cokeshao/HoliTom; written from the equation
 - Models of fewer than 19 layers: k is the last layer. Any batch; equal scores: the first token wins.
 """
 
-# Shape legend: N visual tokens of a prompt, K kept, M dropped, H heads, D width
+# Shape legend: N visual tokens of a prompt, n those that are not set aside, K kept, M dropped, H heads, D width
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from tokensieve.compression.decoder_stage import (
 from tokensieve.compression.maxmin import SAME, unit_rows
 from tokensieve.compression.plan import Merge, Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.sink_guard import check_sinks, guarded_plan
 
 ROWS_AT_ONCE = 1024  # of the [M, K] cosines
 
@@ -49,17 +50,24 @@ ROWS_AT_ONCE = 1024  # of the [M, K] cosines
     licence="Apache-2.0",
     differs="Cosine of hidden states before any merge, in reading order (inferred); any batch.",
 )
-def holitom_decoder(*, layer: int | None = None) -> HoliTomDecoder:
+def holitom_decoder(*, layer: int | None = None, sinks: str = "off") -> HoliTomDecoder:
     """A stage that keeps what the last token attends to and merges the rest into it.
 
     Args:
         layer: k, the first layer that runs on the shorter prompt, from 1 up; it looks at layer k - 1. None for 18, or
             the last layer of a shallower model.
+        sinks: what becomes of attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as in the
+            paper), "protect" (all stay as they are, outside the budget: that many more tokens are left) or "exclude"
+            (they rank below all others and are merged into none). Here a sink is a token that takes more than 0.3 of
+            this one row of attention in some head, or whose hidden state is an outlier in norm. One row cannot tell a
+            sink from what the prompt asks about, so "exclude" may drop the answer.
 
     Raises:
-        BadOption: `layer` is not a whole number from 1 up (or, once it meets a model, not one of its layers).
+        BadOption: `sinks` is none of these, or `layer` is not a whole number from 1 up (or, once it meets a model, not
+            one of its layers).
     """
-    return HoliTomDecoder(layer if layer is None else check_whole(layer, "layer", 1))
+    check_sinks(sinks)
+    return HoliTomDecoder(layer if layer is None else check_whole(layer, "layer", 1), sinks)
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,19 @@ class HoliTomDecoder(DecoderStage):
     """See `holitom_decoder`."""
 
     layer: int | None
+    sinks: str = "off"
 
     def steps(self, num_layers: int) -> tuple[Step, ...]:
         return (Step(layer=checked_layer(self.layer, 18, 1, num_layers - 1)),)
 
     def select(self, step: Step, tokens: DecoderTokens) -> Plan:
-        kept_K = keep_best(tokens.attention().mean(0), tokens.num_keep).kept
-        return halve_into_nearest(tokens.hidden, kept_K)
+        row_HN = tokens.attention()
+        score_N = row_HN.mean(0)
+
+        def keep_among(member_n: Tensor, num_best: int) -> Plan:
+            return halve_into_nearest(tokens.hidden[member_n], keep_best(score_N[member_n], num_best).kept)
+
+        return guarded_plan(tokens, row_HN, tokens.num_keep, self.sinks, keep_among)
 
 
 def halve_into_nearest(x_ND: Tensor, kept_K: Tensor) -> Plan:

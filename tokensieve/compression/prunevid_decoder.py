@@ -18,7 +18,7 @@ What differs from the official code (Visual-AI/PruneVid; written from the equati
 - The question is the text after the last visual token (INFERRED). Any batch; equal scores: the first token wins.
 """
 
-# Shape legend: N visual tokens of a prompt, H heads, G groups
+# Shape legend: N visual tokens of a prompt, n those that are not set aside, H heads, G groups
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from tokensieve.compression.decoder_stage import DecoderStage, DecoderTokens, Raster, Step, check_whole, checked_layer
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.sink_guard import check_sinks, guarded_plan
 
 
 @register_method(
@@ -41,17 +42,24 @@ from tokensieve.compression.registry import register_method
     licence="CC BY-NC-SA 4.0",
     differs="Groups are frames; budget exact over the prompt; any batch.",
 )
-def prunevid_decoder(*, layer: int | None = None) -> PruneVidDecoder:
+def prunevid_decoder(*, layer: int | None = None, sinks: str = "off") -> PruneVidDecoder:
     """A stage that ranks the visual tokens of each frame by the question's strongest attention.
 
     Args:
         layer: the layer whose attention is looked at and after which tokens leave; None for 10, or the last but one of
             a shallower model.
+        sinks: what becomes of attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as in the
+            paper), "protect" (all stay, outside the budget: that many more tokens are left) or "exclude" (they rank
+            below all others). Here a sink is a token that takes more than 0.3 of the attention of some text token in
+            some head, or whose hidden state is an outlier in norm; frames share the budget by their other tokens. The
+            strongest attention cannot tell a sink from what one word asks about, so "exclude" may drop the answer.
 
     Raises:
-        BadOption: `layer` is not a whole number from 0 up (or, once it meets a model, not a layer before its last).
+        BadOption: `sinks` is none of these, or `layer` is not a whole number from 0 up (or, once it meets a model, not
+            a layer before its last).
     """
-    return PruneVidDecoder(layer if layer is None else check_whole(layer, "layer", 0))
+    check_sinks(sinks)
+    return PruneVidDecoder(layer if layer is None else check_whole(layer, "layer", 0), sinks)
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,21 @@ class PruneVidDecoder(DecoderStage):
     """See `prunevid_decoder`."""
 
     layer: int | None
+    sinks: str = "off"
 
     def steps(self, num_layers: int) -> tuple[Step, ...]:
         layer = checked_layer(self.layer, 10, 0, num_layers - 2)
         return (Step(layer=layer + 1, queries="question", over_queries="max", cut_cache=True),)
 
     def select(self, step: Step, tokens: DecoderTokens) -> Plan:
-        return keep_best_of_groups(tokens.attention().amax(0), frames_of(tokens.raster, len(tokens)), tokens.num_keep)
+        strongest_HN = tokens.attention()
+        score_N = strongest_HN.amax(0)
+        frame_N = frames_of(tokens.raster, len(tokens)).to(score_N.device)
+
+        def keep_among(member_n: Tensor, num_best: int) -> Plan:
+            return keep_best_of_groups(score_N[member_n], frame_N[member_n], num_best)
+
+        return guarded_plan(tokens, strongest_HN, tokens.num_keep, self.sinks, keep_among)
 
 
 def frames_of(raster: Raster | None, num_tokens: int) -> Tensor:

@@ -17,15 +17,18 @@ not read, so this list is INFERRED):
 - Equal scores: the first token wins. Original positions are kept.
 """
 
-# Shape legend: N visual tokens of a prompt, H heads, L layers
+# Shape legend: N visual tokens of a prompt, n those that are not set aside, H heads, L layers
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.compression.decoder_stage import DecoderStage, DecoderTokens, Step, check_whole, keep_best
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.sink_guard import check_sinks, guarded_plan
 from tokensieve.errors import BadOption
 
 
@@ -38,16 +41,24 @@ from tokensieve.errors import BadOption
     licence="not read",
     differs="Budget is the share left in the last stage; layers and rounding are inferred.",
 )
-def pyramiddrop(*, stages: int = 4) -> PyramidDrop:
+def pyramiddrop(*, stages: int = 4, sinks: str = "off") -> PyramidDrop:
     """A stage that drops the same share of visual tokens several times on the way through the language model.
 
     Args:
         stages: equal parts of the language model, from 2 up; tokens leave between them.
+        sinks: what becomes of attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as in the
+            paper), "protect" (all stay, outside the budget: that many more tokens are left) or "exclude" (they rank
+            below all others). Here a sink is a token that takes more than 0.3 of the step's one row of attention in
+            some head, or whose hidden state is an outlier in norm. Each step finds its own sinks: one that is none any
+            more is ranked again. One row cannot tell a sink from what the prompt asks about, so "exclude" may drop the
+            answer.
 
     Raises:
-        BadOption: `stages` is not a whole number from 2 up (or, once it meets a model, the model has one layer).
+        BadOption: `sinks` is none of these, or `stages` is not a whole number from 2 up (or, once it meets a model,
+            the model has one layer).
     """
-    return PyramidDrop(check_whole(stages, "stages", 2))
+    check_sinks(sinks)
+    return PyramidDrop(check_whole(stages, "stages", 2), sinks)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class PyramidDrop(DecoderStage):
     """See `pyramiddrop`."""
 
     stages: int
+    sinks: str = "off"
 
     def steps(self, num_layers: int) -> tuple[Step, ...]:
         if num_layers < 2:
@@ -64,7 +76,14 @@ class PyramidDrop(DecoderStage):
         return tuple(Step(layer=layer, phase=phase, looks="next") for layer, phase in phases.items())
 
     def select(self, step: Step, tokens: DecoderTokens) -> Plan:
-        return keep_best(tokens.attention().mean(0), self.num_after(step.phase, tokens.num_first, tokens.num_keep))
+        row_HN = tokens.attention()
+        score_N = row_HN.mean(0)
+        num_keep = self.num_after(step.phase, tokens.num_first, tokens.num_keep)
+
+        def keep_among(member_n: Tensor, num_best: int) -> Plan:
+            return keep_best(score_N[member_n], num_best)
+
+        return guarded_plan(tokens, row_HN, num_keep, self.sinks, keep_among)
 
     def num_after(self, phase: int, num_first: int, num_keep: int) -> int:
         """Visual tokens left after the first `phase` stages, when `num_keep` of `num_first` are left at the end."""

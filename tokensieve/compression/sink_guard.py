@@ -29,7 +29,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokensieve.compression.decoder_stage import DecoderTokens
+from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import did_you_mean
+from tokensieve.compression.temporal import plan_from_entries
 from tokensieve.compression.tower_view import TowerView
 from tokensieve.errors import BadOption
 
@@ -92,6 +95,53 @@ def guarded_top(score_N: Tensor, is_sink_N: Tensor, num_keep: int, mode: str) ->
     others, num_best, sinks = set_aside(everyone, num_keep, is_sink_N, mode)
     best = score_N[others].sort(descending=True, stable=True).indices[:num_best]
     return torch.cat([others[best], sinks]).sort().values
+
+
+def add_sinks(plan: Plan, member_n: Tensor, sinks: Tensor, num_tokens: int) -> Plan:
+    """The plan for all tokens, from one for `member_n` and the sinks that stay as they are.
+
+    Args:
+        plan: what a method makes of the tokens that `set_aside` left it.
+        member_n: `[n]` int64, which of all tokens these are, rising.
+        sinks: int64, none of them in `member_n`.
+        num_tokens: N.
+    """
+    if plan.merge is None:
+        return Plan(torch.cat([member_n[plan.kept], sinks]).sort().values, num_tokens)
+    return plan_from_entries(
+        num_tokens,
+        torch.cat([member_n[plan.kept[plan.merge.target]], sinks]),
+        torch.cat([member_n[plan.merge.source], sinks]),
+        torch.cat([plan.merge.weight, torch.ones_like(sinks, dtype=plan.merge.weight.dtype)]),
+        before_projector=plan.merge.before_projector,
+    )
+
+
+def guarded_plan(
+    tokens: DecoderTokens, attention_HN: Tensor, num_keep: int, mode: str, select: Callable[[Tensor, int], Plan]
+) -> Plan:
+    """What a decoder method makes of the tokens of one prompt, with sinks treated as `mode` says.
+
+    A sink is a token that takes more than `KEY_MASS` of the attention that the method looks at in some head, or whose
+    hidden state is an outlier in norm.
+
+    Args:
+        tokens: the visual tokens of this step; all are one picture.
+        attention_HN: what `tokens.attention()` gave.
+        num_keep: how many this step leaves, at most N.
+        mode: as in `set_aside`.
+        select: the method: from `[n]` int64 tokens, rising, and how many of them stay (1 to n), a plan for these n.
+
+    Raises:
+        BadOption: unknown mode.
+    """
+    is_sink_N = None
+    if mode != "off":
+        by_mass_N, by_norm_N = sinks_by(attention_HN, robust_z(tokens.hidden.float().norm(dim=-1)))
+        is_sink_N = by_mass_N | by_norm_N
+    everyone = torch.arange(len(tokens), device=attention_HN.device)
+    member_n, num_best, sinks = set_aside(everyone, num_keep, is_sink_N, mode)
+    return add_sinks(select(member_n, num_best), member_n, sinks, len(tokens))
 
 
 def robust_z(values: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ What differs from the official code (Gumpest/SparseVLMs; written from the equati
 - Any batch; no noise on densities; means divide by the count, officially by the count + 1e-6.
 """
 
-# Shape legend: N visual tokens of a prompt, H heads, D width, M text tokens, K kept, C clusters, R recycled tokens
+# Shape legend: N visual tokens of a prompt, n those that are not set aside, H heads, D width, M text tokens, K kept,
+#               C clusters, R recycled tokens
 
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ from tokensieve.compression.decoder_stage import DecoderStage, DecoderTokens, St
 from tokensieve.compression.density_peaks import cluster
 from tokensieve.compression.plan import Merge, Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.sink_guard import check_sinks, guarded_plan
 from tokensieve.errors import BadOption
 
 LAYERS = (2, 6, 15)  # of a model with DEPTH layers
@@ -60,23 +62,31 @@ PLAIN = ((0, 0, 0), (66, 34, 20), (246, 54, 28), (238, 108, 60), (300, 200, 118)
     licence="Apache-2.0",
     differs="Recycled tokens count in the budget and keep a place; steps in between interpolated; any batch.",
 )
-def sparsevlm(*, recycle: bool = True, layers: tuple[int, int, int] | None = None) -> SparseVLM:
+def sparsevlm(*, recycle: bool = True, layers: tuple[int, int, int] | None = None, sinks: str = "off") -> SparseVLM:
     """A stage that ranks visual tokens three times by the attention of the question's most visual words.
 
     Args:
         recycle: cluster the best of the dropped tokens and keep the means, which makes this a merging method.
         layers: the three layers after which tokens leave; None for 2, 6 and 15, scaled to shallower models.
+        sinks: what becomes of attention sinks (ours, see `sink_guard`): "off" (ranked like all others, as in the
+            paper), "protect" (all stay as they are, outside the budget: that many more tokens are left) or "exclude"
+            (they rank below all others and are not recycled). Here a sink is a token that takes more than 0.3 of the
+            raters' attention in some head, mean over raters, or whose hidden state is an outlier in norm. Each step
+            finds its own sinks: one that is none any more is ranked again. The raters' attention cannot tell a sink
+            from what the question is about, so "exclude" may drop the answer.
 
     Raises:
-        BadOption: `layers` are not three rising whole numbers (or, once they meet a model, not layers before its last).
+        BadOption: `sinks` is none of these, or `layers` are not three rising whole numbers (or, once they meet a model,
+            not layers before its last).
     """
+    check_sinks(sinks)
     if layers is not None:
         if not isinstance(layers, tuple | list) or len(layers) != len(LAYERS):
             raise BadOption(f"layers must be three whole numbers, got {layers!r}.")
         layers = tuple(check_whole(layer, "layers", 0) for layer in layers)
         if not layers[0] < layers[1] < layers[2]:
             raise BadOption(f"layers must rise, got {layers}.")
-    return SparseVLM(bool(recycle), layers)
+    return SparseVLM(bool(recycle), layers, sinks)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class SparseVLM(DecoderStage):
 
     recycle: bool
     layers: tuple[int, int, int] | None
+    sinks: str = "off"
 
     def steps(self, num_layers: int) -> tuple[Step, ...]:
         last = num_layers - 2  # of the layers after which something runs
@@ -101,12 +112,17 @@ class SparseVLM(DecoderStage):
         return visual_words(visual, text)
 
     def select(self, step: Step, tokens: DecoderTokens) -> Plan:
-        score_N = tokens.attention().mean(0)
+        rows_HN = tokens.attention()
+        score_N = rows_HN.mean(0)
         table = RECYCLED if self.recycle else PLAIN
         num_keep = min(schedule(tokens.num_first, tokens.num_keep, table)[step.phase], len(tokens))
-        if not self.recycle or num_keep < 2 or num_keep == len(tokens):
-            return keep_best(score_N, num_keep)
-        return keep_and_recycle(tokens.hidden, score_N, num_keep)
+
+        def keep_among(member_n: Tensor, num_best: int) -> Plan:
+            if not self.recycle or num_best < 2 or num_best == len(member_n):
+                return keep_best(score_N[member_n], num_best)
+            return keep_and_recycle(tokens.hidden[member_n], score_N[member_n], num_best)
+
+        return guarded_plan(tokens, rows_HN, num_keep, self.sinks, keep_among)
 
 
 def visual_words(visual_ND: Tensor, text_MD: Tensor) -> Tensor:
