@@ -71,10 +71,6 @@ class VisualItem:
     tower_stage: Stage | None = None
     tower_plan: Plan | None = None
 
-    def with_question(self, question: Question) -> VisualItem:
-        """The same item, with what was asked about it."""
-        return replace(self, tokens=replace(self.tokens, question=question))
-
     def kept(self, plan: Plan) -> Tensor:
         """`[k]` int64, places among the n that stay: what the plan keeps and every structural token."""
         stays = torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device)
@@ -215,21 +211,23 @@ class VLMAdapter:
         if frames_as_video:
             frames = [item for item in items if item.modality == "image"]
             items = _join_frames(frames) + [item for item in items if item.modality != "image"]
-        if "question" in needs:
-            asked = [self._question(inputs, row) for row in range(len(inputs["input_ids"]))]
-            if questions is not None:
-                asked = [replace(known, text=text) for known, text in zip(asked, questions, strict=True)]
-            before = [int(self._is_text(inputs, item.row)[: item.slots[0]].sum()) for item in items]
-            items = [
-                item.with_question(replace(asked[item.row], num_before=count))
-                for item, count in zip(items, before, strict=True)
-            ]
-        return items
+        return self.with_questions(items, inputs, questions) if "question" in needs else items
 
-    def _question(self, inputs: Mapping[str, Tensor], row: int) -> Question:
-        ids_L = inputs["input_ids"][row]
+    def with_questions(
+        self, items: Sequence[VisualItem], inputs: Mapping[str, Tensor], questions: Sequence[str] | None
+    ) -> list[VisualItem]:
+        """The items with what their prompts ask; `questions` holds the text of each prompt, where it is known."""
         embed = self.model.get_input_embeddings()
-        return Question(embeds=embed(ids_L[self._is_text(inputs, row)]).detach())
+        asked = []
+        for item in items:
+            is_text_L = self._is_text(inputs, item.row)
+            question = Question(
+                embeds=embed(inputs["input_ids"][item.row, is_text_L]).detach(),
+                text=None if questions is None else questions[item.row],
+                num_before=int(is_text_L[: item.slots[0]].sum()),
+            )
+            asked.append(replace(item, tokens=replace(item.tokens, question=question)))
+        return asked
 
     def _is_text(self, inputs: Mapping[str, Tensor], row: int) -> Tensor:
         """`[L]` bool: all text of a prompt: its tokens but placeholders, special ones and padding."""
@@ -333,6 +331,60 @@ class VLMAdapter:
         if encoded:
             emitted["mm_encoder_outputs"] = encoded
         return emitted
+
+    def emit_subsets(
+        self, inputs: Mapping[str, Tensor], item: VisualItem, mask_GN: Tensor, *, target: str = "forward"
+    ) -> dict[str, object]:
+        """As `emit` for one prompt, once for every row of `mask_GN`: the same prompt with G subsets of its tokens.
+
+        Args:
+            inputs: of one prompt, `[1, L]`, without padding.
+            item: its only image or video.
+            mask_GN: bool, True where a candidate stays; as many in every row.
+            target: as in `emit`.
+
+        Raises:
+            BadOption: rows keep different numbers of tokens.
+        """
+        device = item.features.device
+        mask_GN = mask_GN.to(device)
+        if len(mask_GN.sum(1).unique()) != 1:
+            raise BadOption(f"All subsets need one size, got {mask_GN.sum(1).unique().tolist()} tokens.")
+        num_subsets, length = len(mask_GN), inputs["input_ids"].shape[1]
+        among_Gn = torch.ones(num_subsets, len(item.slots), dtype=torch.bool, device=device)
+        among_Gn[:, item.candidates] = mask_GN
+        stays_GL = torch.ones(num_subsets, length, dtype=torch.bool, device=device)
+        stays_GL[:, item.slots] = among_Gn
+        full = {k: v.expand(num_subsets, -1) for k, v in inputs.items()}
+        full.setdefault("attention_mask", torch.ones_like(full["input_ids"]))
+        fill = {"input_ids": 0, **_SEQUENCE_INPUTS}
+        emitted: dict[str, object] = {k: left_pack(full[k], stays_GL, fill[k]) for k in fill if k in full}
+        emitted["position_ids"] = self._positions(full, stays_GL, "preserve", target)
+        place_Gk = among_Gn.nonzero()[:, 1].view(num_subsets, -1)
+        features_GkD = item.features[place_Gk]
+        more = {}
+        if item.deepstack:
+            more = {"deepstack_features": [list(layer[place_Gk]) for layer in item.deepstack]}
+        encoded = item.output_type(pooler_output=features_GkD if item.in_tensor else list(features_GkD), **more)
+        return emitted | {"mm_encoder_outputs": {item.modality: encoded}}
+
+    def place(self, items: Sequence[VisualItem], input_ids: Tensor) -> list[VisualItem]:
+        """Items of one prompt at the places that their placeholders have in another, `[1, L]`.
+
+        Raises:
+            BadOption: the other prompt has another number of placeholders.
+        """
+        placed = []
+        for modality in MODALITIES:
+            mine = [item for item in items if item.modality == modality]
+            if not mine:
+                continue
+            slots = (input_ids[0] == getattr(self.model.config, f"{modality}_token_id")).nonzero().squeeze(1)
+            lengths = [len(item.slots) for item in mine]
+            if len(slots) != sum(lengths):
+                raise BadOption(f"The prompt has {len(slots)} {modality} placeholders, the items fill {sum(lengths)}.")
+            placed += [replace(item, slots=s) for item, s in zip(mine, slots.split(lengths), strict=True)]
+        return placed
 
     def _positions(self, full: Mapping[str, Tensor], stays_BL: Tensor, positions: str, target: str) -> Tensor:
         others = {k: v for k, v in full.items() if k not in ("input_ids", "labels")}

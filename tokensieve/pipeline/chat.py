@@ -12,7 +12,6 @@ every case.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -128,17 +127,11 @@ class Chat:
 
     def _placed(self, input_ids: Tensor) -> list[VisualItem]:
         """The items at the places their placeholders have in this turn's prompt."""
-        placed = []
-        for modality in MODALITIES:
-            items = [item for item in self._items if item.modality == modality]
-            if not items:
-                continue
-            slots = (input_ids[0] == getattr(self.vlm.model.config, f"{modality}_token_id")).nonzero().squeeze(1)
-            lengths = [len(item.slots) for item in items]
-            if len(slots) != sum(lengths):
-                raise BadOption("The chat template leaves out the turn with the picture.", hint="Start a new Chat.")
-            placed += [replace(item, slots=s) for item, s in zip(items, slots.split(lengths), strict=True)]
-        return placed
+        try:
+            return self.vlm.adapter.place(self._items, input_ids)
+        except BadOption as error:
+            hint = "Start a new Chat."
+            raise BadOption("The chat template leaves out the turn with the picture.", hint=hint) from error
 
     def _keep_common(self, ids_K: Tensor) -> None:
         """Cuts the cache back to what the new prompt starts with, at least one token short of all of it."""
