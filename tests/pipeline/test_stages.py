@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.pipeline.tiny_families import make_inputs, make_model
-from tokensieve import VLM, Stage
-from tokensieve.errors import BadOption
+from tests.pipeline.test_adapter import masked_full
+from tests.pipeline.tiny_families import FAMILIES, make_inputs, make_model
+from tokensieve import VLM, Stage, list_methods
+from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.stages import Compression, build_stages
 
 
@@ -136,3 +137,45 @@ class TestVLM:
         with pytest.raises(BadOption):
             vlm.compress(["tome", "nothing"], 0.5)
         assert vlm.compression is before
+
+
+UNREDUCED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3")
+
+
+@pytest.mark.parametrize("method", [m.name for m in list_methods("tower")])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_tower_methods_in_every_family(family, method):
+    vlm = VLM(make_model(family))
+    if family in UNREDUCED:
+        before = vlm.compress("uniform", 0.5).compression
+        with pytest.raises(UnsupportedModel):
+            vlm.compress(method, 0.5)
+        assert vlm.compression is before
+        return
+    inputs = make_inputs(family, 2)
+    whole = vlm.compress(method, 1.0).compress_inputs(inputs)
+    plain = vlm.compress(None).compress_inputs(inputs)
+    shorter = vlm.compress(method, 0.4).compress_inputs(inputs)
+    for all_, full, fewer in zip(whole.items, plain.items, shorter.items, strict=True):
+        assert torch.equal(all_.features, full.features) and all_.tower_plan.num_kept == len(full.tokens)
+        assert not torch.equal(fewer.features, full.features)
+        pooled = family in ("gemma3", "llava_next_video", "llava_onevision-video")  # a token of 4 patches stays
+        assert 0 < fewer.tower_plan.num_kept < len(full.tokens) + pooled
+    # What goes into the language model is the shortened tower's output at the places it kept.
+    full, mask = masked_full(vlm.adapter, inputs, shorter.items, shorter.plans)
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    got = vlm.model.generate(**shorter, **options)[:, shorter["input_ids"].shape[1] :]
+    want = vlm.model.generate(**full, **options)[:, full["input_ids"].shape[1] :]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision-video", "llava_next", "paligemma"])
+def test_a_full_stack_in_one_model(family):
+    vlm = VLM(make_model(family))
+    inputs = make_inputs(family, 2)
+    prepared = vlm.compress(["tome", "visionzip", "fastv"], [0.6, 0.5, 0.5]).compress_inputs(inputs)
+    vlm.model.generate(**prepared, max_new_tokens=3, do_sample=False)
+    for row, left in enumerate(vlm.last_layer_tokens()):
+        tokens = prepared.visual_tokens(row)
+        assert left < tokens["kept"] < tokens["full"]
+    vlm.compress(None)
