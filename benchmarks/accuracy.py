@@ -23,6 +23,7 @@ from rich.progress import track
 import tokensieve as ts
 from tokensieve.datasets.clip_files import clip_frames
 from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
+from tokensieve.policies.checkpoint import load_policy
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 PAGE_KEEPS = (0.25, 0.1, 0.05)  # of the short table in docs/methods.md
@@ -48,10 +49,11 @@ def can_run(method: ts.Method) -> bool:
 
 
 @torch.no_grad()
-def evaluate(vlm, clips, settings) -> tuple[dict[tuple, Counter], dict[tuple, tuple[float, float]]]:
+def evaluate(vlm, clips, settings, policies=()) -> tuple[dict[tuple, Counter], dict[tuple, tuple[float, float]]]:
     """`(kind, right)` counts per setting, and its mean visual tokens in the first and in the last decoder layer.
 
-    Settings are `(method or None, keep)`; the two blind ones are added.
+    Settings are `(method or None, keep)`; the two blind ones are added. A method may be the name of one of the
+    `policies`, trained scorers by name, which `cacovid` then selects with.
     """
     score: dict[tuple, Counter] = defaultdict(Counter)
     tokens: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
@@ -68,10 +70,12 @@ def evaluate(vlm, clips, settings) -> tuple[dict[tuple, Counter], dict[tuple, tu
             questions = [q.text for q in asked]
             prepared = vlm.compress(None).prepare(frames, questions, needs={"tower", "question"})
             for method, keep in settings:
-                if method is not None and ts.get_method(method).place == "tower":
-                    shorter = vlm.compress(method, keep).prepare(frames, questions)
+                own = {"policy": policies[method]} if method in policies else {}
+                name = "cacovid" if method in policies else method
+                if method is not None and ts.get_method(name).place == "tower":
+                    shorter = vlm.compress(name, keep).prepare(frames, questions)
                 else:
-                    shorter = vlm.compress(method, keep).reselect(prepared)
+                    shorter = vlm.compress(name, keep, **own).reselect(prepared)
                 tally((method, keep), generate(vlm, shorter))
                 entered = [shorter.visual_tokens(row)["kept"] for row in range(len(batch))]
                 left = vlm.last_layer_tokens() or entered
@@ -184,8 +188,13 @@ def short_table(clips, score, model: str) -> str:
     ]
     for method in sorted(methods, key=lambda m: -sum(per_method[m])):
         cells = " | ".join(f"{p:.1f}" for p in per_method[method])
-        lines.append(f"| `{method}` | {ts.get_method(method).place} | {cells} |")
+        place = ts.get_method(method).place if method in method_names() else "projector"
+        lines.append(f"| `{method}` | {place} | {cells} |")
     return "\n".join(lines)
+
+
+def method_names() -> set[str]:
+    return {m.name for m in ts.list_methods()}
 
 
 def fill_page(path: Path, text: str) -> None:
@@ -203,13 +212,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(m.name for m in ts.list_methods() if can_run(m)))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
+    parser.add_argument("--policies", nargs="*", default=[], help="trained policies: NAME=FOLDER ...")
     parser.add_argument("--out", default="", help="Markdown file; its first paragraph is kept, the table replaced")
     parser.add_argument("--page", default="", help="Markdown file with the two marks for the short table")
     options = parser.parse_args()
     methods = [m for m in options.methods.split(",") if m]
+    policies = {name: load_policy(folder) for name, folder in (p.split("=", 1) for p in options.policies)}
+    methods += policies
     settings = [(None, 1.0)] + [(m, float(k)) for k in options.keeps.split(",") for m in methods]
     clips = [make_clip(options.split, i, options.seed) for i in range(options.clips)]
-    score, tokens = evaluate(ts.load(options.model), clips, settings)
+    score, tokens = evaluate(ts.load(options.model), clips, settings, policies)
     text = report(clips, score, tokens, options.model, options.split)
     print(text)
     if options.out:
