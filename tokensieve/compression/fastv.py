@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.compression.decoder_stage import (
     DecoderStage,
     DecoderTokens,
@@ -30,7 +32,7 @@ from tokensieve.compression.decoder_stage import (
 )
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.sink_guard import check_sinks, guarded_top, robust_z, sinks_by
+from tokensieve.compression.sink_guard import check_sinks, guarded_plan
 
 
 @register_method(
@@ -74,7 +76,9 @@ class FastV(DecoderStage):
 
     def select(self, step: Step, tokens: DecoderTokens) -> Plan:
         row_HN = tokens.attention()
-        if self.sinks == "off":
-            return keep_best(row_HN.mean(0), tokens.num_keep)
-        by_mass_N, by_norm_N = sinks_by(row_HN, robust_z(tokens.hidden.float().norm(dim=-1)))
-        return Plan(guarded_top(row_HN.mean(0), by_mass_N | by_norm_N, tokens.num_keep, self.sinks), len(tokens))
+        score_N = row_HN.mean(0)
+
+        def keep_among(member_n: Tensor, num_best: int) -> Plan:
+            return keep_best(score_N[member_n], num_best)
+
+        return guarded_plan(tokens, row_HN, tokens.num_keep, self.sinks, keep_among)
