@@ -37,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(wanted)
     try:
+        words = [word for word in argv if not word.startswith("-")]
+        if wanted == "train" and words[1:2] and words[1] in POLICY_TRAINERS:
+            from tokensieve.commands import train_policy
+
+            argv.remove("train")
+            argv.remove(words[1])
+            return train_policy.run(words[1], argv)
         if any(word.startswith("--config") for word in argv):
             from tokensieve.commands.config_file import check_config_files
 
@@ -119,6 +126,7 @@ def _method(parser: ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--method", type=str | None, default=default, help="see `tokensieve methods`; a stack: tome,zoprune; none: all"
     )
+    parser.add_argument("--policy", type=str | None, default=None, help="of cacovid: folder or hub id of a policy")
     parser.add_argument("--keep", type=_budgets, default=0.25, help="share (0.25) or number (64) of tokens per clip")
     parser.add_argument(
         "--options", type=dict[str, str | int | float | bool], default={}, help="of the method: --options.step 0.1"
@@ -193,6 +201,8 @@ def _train_options(parser: ArgumentParser) -> None:
         sub = ArgumentParser(description=trainer.help, exit_on_error=False)
         trainers.add_subcommand(name, sub, help=trainer.help)
         trainer.add_options(sub)
+    for name, text in POLICY_TRAINERS.items():  # they bring a parser of their own: see `main`
+        trainers.add_subcommand(name, ArgumentParser(description=text, exit_on_error=False), help=text)
 
 
 def _lazy(name: str) -> Callable[[Namespace], int]:
@@ -206,6 +216,10 @@ def _lazy(name: str) -> Callable[[Namespace], int]:
     return run
 
 
+POLICY_TRAINERS = {
+    "cacovid": "train a compression policy by rewards (CaCoVID)",
+    "distil": "train a compression policy without labels, from the model that sees all tokens",
+}
 TRAINERS = {"tiny": Command("train the shipped model from nothing", _tiny_options, _lazy("train_tiny"))}
 COMMANDS = {
     "demo": Command(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from tests.pipeline.tiny_families import FAMILIES, make_inputs, make_model
 from tokensieve import VLM, Stage, list_methods
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.stages import Compression, build_stages
+from tokensieve.policies.light_scorer import LightScorer
 
 
 def names(stages):
@@ -71,6 +74,42 @@ def test_options_may_need_something_themselves():
 
     stack = Compression(stages=build_stages("cacovid", 0.5, {"policy": Scorer()}))
     assert {"tower", "features", "frames"} <= stack.needs
+
+
+class TestPolicyFolder:
+    """`policy=` may be what `save_pretrained` wrote."""
+
+    @pytest.fixture
+    def policy(self):
+        return LightScorer(32, frame_head=False, seed=3).eval()
+
+    @pytest.mark.parametrize("kind", [str, Path])
+    def test_a_folder_is_the_policy_in_it(self, policy, kind, tmp_path):
+        policy.save_pretrained(tmp_path)
+        (stage,) = build_stages("cacovid", 0.25, {"policy": kind(tmp_path)})
+        read = stage.options["policy"]
+        assert isinstance(read, LightScorer) and not read.training
+        assert Compression(stages=(stage,)).needs >= {"question", "features", "frames"}
+        vlm, inputs = VLM(make_model("llava_onevision-video")), make_inputs("llava_onevision-video", 2)
+        plans = [
+            vlm.compress("cacovid", 0.25, policy=p).compress_inputs(inputs).plans for p in (kind(tmp_path), policy)
+        ]
+        for got, want in zip(*plans, strict=True):
+            assert torch.equal(got.kept, want.kept) and got.num_kept == 4
+
+    def test_the_caller_keeps_its_options(self, policy, tmp_path):
+        policy.save_pretrained(tmp_path)
+        options = {"policy": str(tmp_path)}
+        build_stages("cacovid", 0.25, options)
+        assert options == {"policy": str(tmp_path)}
+
+    def test_what_is_no_policy(self, tmp_path):
+        with pytest.raises(BadOption, match="no folder 'nowhere'"):
+            Stage("cacovid", policy="nowhere")
+        with pytest.raises(UnsupportedModel, match="config.json"):
+            Stage("cacovid", policy=tmp_path)
+        with pytest.raises(BadOption, match="no option 'policy'"):
+            Stage("zoprune", policy=tmp_path)
 
 
 class TestVLM:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tokensieve.errors import TokensieveError
+from tokensieve.errors import BadOption, TokensieveError
 
 
 def print_json(record: object) -> None:
@@ -37,9 +37,12 @@ def stages_of(options):
     if options.method is None:
         for budget in budgets:
             check_keep(budget)
+        if options.policy is not None:
+            raise BadOption("--policy needs a method that uses it.", hint="Add --method cacovid.")
         return None
     names = options.method.split(",")
-    return list(build_stages(names, budgets * len(names) if len(budgets) == 1 else budgets, dict(options.options)))
+    own = dict(options.options) | ({} if options.policy is None else {"policy": options.policy})
+    return list(build_stages(names, budgets * len(names) if len(budgets) == 1 else budgets, own))
 
 
 def load_compressed(options):

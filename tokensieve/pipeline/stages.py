@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 
@@ -20,7 +21,7 @@ class Stage:
     Args:
         method: a name from `tokensieve.list_methods()`.
         keep: share in (0, 1] or whole number of the tokens that reach this stage.
-        **options: the method's own options.
+        **options: the method's own options; a policy may be a folder or hub id.
 
     Raises:
         BadOption: unknown method or option, or a budget that is not allowed.
@@ -32,8 +33,12 @@ class Stage:
     def __init__(self, method: str, keep: float | int = 0.25, **options):
         self.method: Method = get_method(method)
         self.keep = check_keep(keep)
-        self.options = options
         self.method.check_options(options)
+        if isinstance(options.get("policy"), str | PathLike):
+            from tokensieve.policies.checkpoint import load_policy
+
+            options["policy"] = load_policy(options["policy"])
+        self.options = options
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())

@@ -55,6 +55,7 @@ class Family:
     join_frames = True  # a video given as images may be treated as one item
     forward_position_offset = 0  # what `forward` expects on top of what `generate` expects
     causal_prompt = True  # earlier tokens never look at later ones, so a cached prompt may grow
+    causal_visual = True  # nor do the visual tokens of one image
 
     def tower(self, base: nn.Module, modality: str) -> nn.Module:
         """The vision tower that encodes this modality."""

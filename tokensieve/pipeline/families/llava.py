@@ -42,12 +42,14 @@ class Llava(Family):
 @register_family("paligemma")
 class PaliGemma(Llava):
     forward_position_offset = 1  # positions start at 1; `generate` adds that one by itself
-    causal_prompt = False
+    causal_prompt = causal_visual = False
 
 
 @register_family("gemma3")
 class Gemma3(Family):
     """The projector averages square blocks of patches before it projects, so its rows are the averages."""
+
+    causal_visual = False
 
     def layouts(self, base, modality, out, inputs, seen):
         module = base.multi_modal_projector
