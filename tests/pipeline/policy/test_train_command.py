@@ -39,7 +39,8 @@ def clip(tmp_path_factory) -> str:
 @pytest.mark.parametrize("kind", ["cacovid", "distil"])
 def test_train_then_answer(kind, clip, tmp_path, capsys):
     out = tmp_path / "out"
-    assert train(kind, f"--out={out}", "--max_steps=2", "--trainer.val_check_interval=1", "--json") == 0
+    words = ["--max_steps=2", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=true", "--json"]
+    assert train(kind, f"--out={out}", *words) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["policy"] == str(out / "policy") and record["steps"] == 2
     assert {"loss", "val_match_keep0.1"} <= record["metrics"].keys()
@@ -70,14 +71,16 @@ def test_a_crash_costs_one_interval_and_resuming_costs_no_number(tmp_path, monke
     assert train("cacovid", f"--out={straight}", *words) == 0
     logged = (straight / "logs" / "version_0" / "config.yaml").read_text()
 
-    def power_cut(self, trainer, *_):
-        if self.global_step == 9:
+    starts = []
+
+    def power_cut(self, *_):
+        starts.append(self.global_step)
+        if starts == [0, 3, 6, 9]:
             raise RuntimeError("power")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(CacovidModule, "on_train_batch_start", lambda self, *_: power_cut(self, *_), raising=False)
-        with pytest.raises(RuntimeError, match="power"):
-            train("cacovid", f"--out={stopped}", *words)
+    monkeypatch.setattr(CacovidModule, "on_train_batch_start", power_cut)
+    with pytest.raises(RuntimeError, match="power"):
+        train("cacovid", f"--out={stopped}", *words)
     last = stopped / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 6
     assert not (stopped / "policy").exists()
@@ -85,6 +88,7 @@ def test_a_crash_costs_one_interval_and_resuming_costs_no_number(tmp_path, monke
     assert train("cacovid", f"--out={stopped}", *words) == 2
     assert "--resume" in capsys.readouterr().err
     assert train("cacovid", f"--out={stopped}", "--resume", *words) == 0
+    assert starts[4:] == [6, 9]
     one, other = load_policy(straight / "policy").state_dict(), load_policy(stopped / "policy").state_dict()
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert yaml.safe_load(logged)["model"]["rounds"] == 3
