@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted. With several media the others are still done and the code is that of the last failure.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    wanted = next((word for word in argv if not word.startswith("-")), None)
+    words = [word for word in argv if not word.startswith("-")]
+    wanted = words[0] if words else None
     parser = build_parser(wanted)
     try:
-        words = [word for word in argv if not word.startswith("-")]
         if wanted == "train" and words[1:2] and words[1] in POLICY_TRAINERS:
             from tokensieve.commands import train_policy
 

@@ -30,7 +30,7 @@ def facts(method) -> dict[str, object]:
         "question_aware": method.question_aware,
         "output_length": method.output_length,
         "follows_tokens": method.follows_tokens,
-        "options": {name: default for name, default in method.options().items()},
+        "options": method.options(),
         "licence": method.licence,
         "differs": method.differs,
     }

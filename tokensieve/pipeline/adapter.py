@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.compression import Plan, Projector, Question, VisualTokens, apply_plan
-from tokensieve.compression.tokens import identity
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.families import family_of
 from tokensieve.pipeline.families.base import ItemLayout
+from tokensieve.pipeline.joining import join_frames
 from tokensieve.pipeline.stages import POSITIONS, Stage
-from tokensieve.pipeline.tower_recorder import TowerRecorder, join_views
+from tokensieve.pipeline.tower_recorder import TowerRecorder
 
 if TYPE_CHECKING:
     from tokensieve.pipeline.towers import TowerHandle
@@ -210,7 +210,7 @@ class VLMAdapter:
             items += placed
         if frames_as_video:
             frames = [item for item in items if item.modality == "image"]
-            items = _join_frames(frames) + [item for item in items if item.modality != "image"]
+            items = join_frames(frames) + [item for item in items if item.modality != "image"]
         return self.with_questions(items, inputs, questions) if "question" in needs else items
 
     def with_questions(
@@ -320,9 +320,7 @@ class VLMAdapter:
             stays_BL[item.row, item.slots] = False
             stays_BL[item.row, item.slots[places.to(item.slots.device)]] = True
 
-        fill = {"input_ids": pad_token_id, **_SEQUENCE_INPUTS}
-        emitted: dict[str, object] = {k: left_pack(full[k], stays_BL, fill[k]) for k in fill if full.get(k) is not None}
-        emitted["position_ids"] = self._positions(full, stays_BL, positions, target)
+        emitted = self._packed(full, stays_BL, positions, target, pad_token_id)
         encoded = {}
         for modality in MODALITIES:
             chosen = [(item, plan) for item, plan in zip(items, plans, strict=True) if item.modality == modality]
@@ -357,9 +355,7 @@ class VLMAdapter:
         stays_GL[:, item.slots] = among_Gn
         full = {k: v.expand(num_subsets, -1) for k, v in inputs.items()}
         full.setdefault("attention_mask", torch.ones_like(full["input_ids"]))
-        fill = {"input_ids": 0, **_SEQUENCE_INPUTS}
-        emitted: dict[str, object] = {k: left_pack(full[k], stays_GL, fill[k]) for k in fill if k in full}
-        emitted["position_ids"] = self._positions(full, stays_GL, "preserve", target)
+        emitted = self._packed(full, stays_GL, "preserve", target, 0)
         place_Gk = among_Gn.nonzero()[:, 1].view(num_subsets, -1)
         features_GkD = item.features[place_Gk]
         more = {}
@@ -385,6 +381,15 @@ class VLMAdapter:
                 raise BadOption(f"The prompt has {len(slots)} {modality} placeholders, the items fill {sum(lengths)}.")
             placed += [replace(item, slots=s) for item, s in zip(mine, slots.split(lengths), strict=True)]
         return placed
+
+    def _packed(
+        self, full: Mapping[str, Tensor], stays_BL: Tensor, positions: str, target: str, pad_token_id: int
+    ) -> dict[str, object]:
+        """What runs along the prompt, without the places that do not stay."""
+        fill = {"input_ids": pad_token_id, **_SEQUENCE_INPUTS}
+        packed: dict[str, object] = {k: left_pack(full[k], stays_BL, fill[k]) for k in fill if full.get(k) is not None}
+        packed["position_ids"] = self._positions(full, stays_BL, positions, target)
+        return packed
 
     def _positions(self, full: Mapping[str, Tensor], stays_BL: Tensor, positions: str, target: str) -> Tensor:
         others = {k: v for k, v in full.items() if k not in ("input_ids", "labels")}
@@ -458,61 +463,6 @@ def _surviving(item: VisualItem, layout: ItemLayout, anchors_BP: Tensor) -> Plan
 def _arguments_of(encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = inspect.signature(encoder).parameters
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
-
-
-def _join_frames(items: Sequence[VisualItem]) -> list[VisualItem]:
-    """Joins all image items of a prompt to one item whose raster is `(frames, height, width)`."""
-    joined = []
-    for row in sorted({item.row for item in items}):
-        frames = [item for item in items if item.row == row]
-        grids = [grid for item in frames for grid in item.tokens.grids]
-        if len(set(grids)) > 1:
-            raise BadOption(
-                f"Frames of one video must have equal rasters, got {sorted(set(grids))}.",
-                hint="Turn off image splitting in the processor, or pass the frames as images.",
-            )
-        lengths = [len(item.slots) for item in frames]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        tokens = [item.tokens for item in frames]
-        joined.append(
-            replace(
-                frames[0],
-                slots=torch.cat([item.slots for item in frames]),
-                features=torch.cat([item.features for item in frames]),
-                candidates=torch.cat([item.candidates + s for item, s in zip(frames, starts, strict=True)]),
-                tokens=VisualTokens(
-                    features=torch.cat([t.features for t in tokens]),
-                    grids=((len(grids), *grids[0][1:]),),
-                    crop=torch.zeros(sum(map(len, tokens)), dtype=torch.long, device=tokens[0].features.device),
-                    projector=_join_projectors([t.projector for t in tokens]),
-                    tower=join_views([t.tower for t in tokens]) if tokens[0].tower is not None else None,
-                ),
-                deepstack=tuple(torch.cat(layer) for layer in zip(*(item.deepstack for item in frames), strict=True)),
-                tower_plan=_join_plans([item.tower_plan for item in frames]),
-            )
-        )
-    return joined
-
-
-def _join_plans(plans: Sequence[Plan | None]) -> Plan | None:
-    if plans[0] is None:
-        return None
-    starts = [sum(plan.num_tokens for plan in plans[:i]) for i in range(len(plans))]
-    kept = torch.cat([plan.kept + start for plan, start in zip(plans, starts, strict=True)])
-    return Plan(kept, sum(plan.num_tokens for plan in plans))
-
-
-def _join_projectors(projectors: Sequence[Projector | None]) -> Projector | None:
-    if any(p is None for p in projectors):
-        return None
-    lengths = [len(p.inputs) for p in projectors]
-
-    def to_tokens(values: Tensor) -> Tensor:
-        parts = zip(projectors, values.split(lengths), strict=True)
-        return torch.cat([projector.to_tokens(part) for projector, part in parts])
-
-    carry = identity if all(p.one_row_per_token for p in projectors) else to_tokens
-    return replace(projectors[0], inputs=torch.cat([p.inputs for p in projectors]), to_tokens=carry)
 
 
 def left_pack(values: Tensor, stays_BL: Tensor, fill: int) -> Tensor:

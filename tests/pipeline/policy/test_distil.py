@@ -160,8 +160,8 @@ class TestModule:
 
     def test_the_teacher_is_asked_once(self, module):
         samples = module.samples(few_questions("train", 2))
-        first = module._teach(samples[0])
-        assert module._teach(samples[0]) is first
+        first = module.judge.teach(samples[0])
+        assert module.judge.teach(samples[0]) is first
         own, logits = first
         assert torch.equal(own, module.judge.own_answer(samples[0])) and logits.shape[0] == len(own)
         assert torch.equal(logits.argmax(-1), own) and not logits.requires_grad

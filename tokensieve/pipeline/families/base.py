@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.compression import Projector, TwoLayerMLP
-from tokensieve.compression.tokens import identity  # noqa: F401  (families import it from here)
 from tokensieve.errors import UnsupportedModel
 from tokensieve.pipeline.tower_recorder import PatchMap
 

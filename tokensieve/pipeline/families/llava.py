@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 
 from tokensieve.compression import Projector, in_dtype_of_input
+from tokensieve.compression.tokens import identity
 from tokensieve.pipeline.families.base import (
     Family,
     ItemLayout,
-    identity,
     num_class_tokens,
     register_family,
     square,

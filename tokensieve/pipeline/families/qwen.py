@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.compression import Projector, in_dtype_of_input
-from tokensieve.pipeline.families.base import Family, ItemLayout, frame_times, identity, register_family
+from tokensieve.compression.tokens import identity
+from tokensieve.pipeline.families.base import Family, ItemLayout, frame_times, register_family
 from tokensieve.pipeline.tower_recorder import PatchMap
 
 

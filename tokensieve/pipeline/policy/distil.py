@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -107,7 +106,6 @@ class DistilModule(PolicyModule):
             raise UnsupportedModel("Distillation fades tokens in a plain causal mask, and this model has another mask.")
         self.kind, self.noise = divergence, noise
         self.keeps, self.heats = (min_keep, max_keep), (first_heat, last_heat)
-        self._taught: WeakKeyDictionary[Sample, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def learn(self, parts: Sequence[Sequence[Sample]], draws: Sequence[Sequence[torch.Generator]]) -> None:
         heat, num_samples = self._heat(), sum(map(len, parts))
@@ -115,7 +113,7 @@ class DistilModule(PolicyModule):
         self.log_dict({"loss": loss, "heat": heat}, prog_bar=True, batch_size=num_samples)
 
     def _losses(self, samples: Sequence[Sample], draws: Sequence[torch.Generator], heat: float) -> list[Tensor]:
-        taught = [self._teach(sample) for sample in samples]
+        taught = [self.judge.teach(sample) for sample in samples]
         logits = self.policy.forward_batch([s.tokens for s in samples])
         stays = [self._stays(own, heat, generator) for (own, _), generator in zip(logits, draws, strict=True)]
         student = self.student_logits([with_answer(s, ids) for s, (ids, _) in zip(samples, taught, strict=True)], stays)
@@ -128,14 +126,6 @@ class DistilModule(PolicyModule):
         first, last = self.heats
         done = min(1.0, self.global_step / max(1, self.trainer.max_steps))
         return first * (last / first) ** done
-
-    def _teach(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The model's own answer `[M]` with all tokens, and its predictions `[M, V]`; kept with the sample."""
-        if sample not in self._taught:
-            own = self.judge.own_answer(sample)
-            everything = torch.ones(1, len(sample.tokens), dtype=torch.bool)
-            self._taught[sample] = own, self.judge.answer_logits(sample, everything, own)[0]
-        return self._taught[sample]
 
     def _stays(self, token_logits: Tensor, heat: float, generator: torch.Generator) -> Tensor:
         """`[N]`: a noisy soft choice at a budget of its own."""
@@ -157,11 +147,7 @@ class DistilModule(PolicyModule):
         model, adapter = self.judge.vlm.model, self.judge.vlm.adapter
         rows, biases = [], []
         for sample, stays_N in zip(samples, stays, strict=True):
-            said = sample.answer_ids[None]
-            inputs = {
-                name: torch.cat([value, {"input_ids": said, "attention_mask": said * 0 + 1}.get(name, said * 0)], 1)
-                for name, value in sample.inputs.items()
-            }
+            inputs = sample.inputs_with(sample.answer_ids)
             seen_N = most_weight(stays_N)
             rows.append(adapter.emit_subsets(inputs, sample.item, seen_N[None], target="forward"))
             left_L = torch.ones(inputs["input_ids"].shape[1], dtype=torch.long, device=stays_N.device)

@@ -55,19 +55,13 @@ def subset_rewards(
         texts = scorer.answers(sample, mask_GN, max_new_tokens)
         return torch.tensor([REWARDS[kind](text, sample.answer) for text in texts], dtype=torch.float64)
     if kind == "agree":
-        return -divergence(*_with_and_without(scorer, sample, mask_GN, max_new_tokens)).double().cpu()
+        own, full_MV = scorer.teach(sample, max_new_tokens)
+        return -divergence(full_MV[None], scorer.answer_logits(sample, mask_GN, own)).double().cpu()
     logits_GMV = scorer.answer_logits(sample, mask_GN)
     if kind == "match":
         return (logits_GMV.argmax(-1) == sample.answer_ids).all(1).double().cpu()
     empty_1MV = scorer.answer_logits(sample, torch.zeros_like(mask_GN[:1]))
     return loglik_gain(logits_GMV, empty_1MV, sample.answer_ids[None]).double().cpu()
-
-
-def _with_and_without(scorer, sample: Sample, mask_GN: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-    answer = sample.answer_ids if sample.answer is None and sample.answer_ids is not None else None
-    answer = scorer.own_answer(sample, max_new_tokens) if answer is None else answer
-    full_1MV = scorer.answer_logits(sample, torch.ones_like(mask_GN[:1]), answer)
-    return full_1MV, scorer.answer_logits(sample, mask_GN, answer)
 
 
 def divergence(teacher_XMV: Tensor, student_XMV: Tensor, kind: str = "forward") -> Tensor:

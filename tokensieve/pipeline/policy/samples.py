@@ -40,6 +40,14 @@ class Sample:
     def tokens(self) -> VisualTokens:
         return self.item.tokens
 
+    def inputs_with(self, answer: Tensor) -> dict[str, Tensor]:
+        """The prompt with `[M]` answer ids behind it, `[1, L + M]` tensors; the answer is text of type 0."""
+        said = {"input_ids": answer[None], "attention_mask": torch.ones_like(answer[None])}
+        return {
+            name: torch.cat([value, said.get(name, torch.zeros_like(answer[None]))], 1)
+            for name, value in self.inputs.items()
+        }
+
 
 @torch.no_grad()
 def encode_samples(

@@ -9,6 +9,8 @@ subsets: it goes through the language model once and its cache is shared.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class SubsetScorer:
         if vlm.compression is not None:
             raise BadOption("The judge must see all tokens of a subset.", hint="Call vlm.compress(None) first.")
         self.vlm = vlm
+        self._taught: WeakKeyDictionary[Sample, dict[int, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
         vlm.model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -51,37 +54,37 @@ class SubsetScorer:
         answer = sample.answer_ids if answer is None else answer
         if answer is None:
             raise BadOption("This sample has no answer to look for.")
-        said = {"input_ids": answer[None], "attention_mask": torch.ones_like(answer[None])}
-        inputs = {
-            name: torch.cat([value, said.get(name, torch.zeros_like(answer[None]))], 1)
-            for name, value in sample.inputs.items()
-        }
-        emitted = self._emitted(inputs, sample, mask_GN, target="forward")
-        num_answer = len(answer)
-        out = self.vlm.model(**emitted, logits_to_keep=num_answer + 1)
+        emitted = self._emitted(sample.inputs_with(answer), sample, mask_GN, target="forward")
+        out = self.vlm.model(**emitted, logits_to_keep=len(answer) + 1)
         return out.logits[:, :-1].float()
 
-    @torch.no_grad()
     def answers(self, sample: Sample, mask_GN: Tensor, max_new_tokens: int = 16) -> list[str]:
         """What the model says with each subset, greedily.
 
         Raises:
             BadOption: rows differ in size.
         """
-        emitted = self._emitted(sample.inputs, sample, mask_GN, target="generate")
-        options = generate_options(self.vlm.model, max_new_tokens, {})
-        # With a cache at hand `generate` goes on behind the shared prefix.
-        ids = self.vlm.model.generate(**emitted, **options)
-        new = ids[:, emitted["input_ids"].shape[1] :]
+        new = self._generated(sample, mask_GN, max_new_tokens)
         return [text.strip() for text in self.vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
-    @torch.no_grad()
     def own_answer(self, sample: Sample, max_new_tokens: int = 16) -> Tensor:
         """`[M]` ids that the model generates greedily with all tokens, its end token included."""
-        everything = torch.ones(1, len(sample.tokens), dtype=torch.bool)
-        emitted = self._emitted(sample.inputs, sample, everything, target="generate")
+        return self._generated(sample, _everything(sample), max_new_tokens)[0]
+
+    def teach(self, sample: Sample, max_new_tokens: int = 16) -> tuple[Tensor, Tensor]:
+        """`own_answer` `[M]` and the predictions `[M, V]` of it with all tokens; worked out once a sample."""
+        known = self._taught.setdefault(sample, {})
+        if max_new_tokens not in known:
+            own = self.own_answer(sample, max_new_tokens)
+            known[max_new_tokens] = own, self.answer_logits(sample, _everything(sample), own)[0]
+        return known[max_new_tokens]
+
+    @torch.no_grad()
+    def _generated(self, sample: Sample, mask_GN: Tensor, max_new_tokens: int) -> Tensor:
+        emitted = self._emitted(sample.inputs, sample, mask_GN, target="generate")
+        # With a cache at hand `generate` goes on behind the shared prefix.
         ids = self.vlm.model.generate(**emitted, **generate_options(self.vlm.model, max_new_tokens, {}))
-        return ids[0, emitted["input_ids"].shape[1] :]
+        return ids[:, emitted["input_ids"].shape[1] :]
 
     def _emitted(self, inputs: dict[str, Tensor], sample: Sample, mask_GN: Tensor, target: str) -> dict[str, object]:
         emitted = self.vlm.adapter.emit_subsets(inputs, sample.item, mask_GN, target=target)
@@ -102,3 +105,7 @@ class SubsetScorer:
                 if name in emitted:
                     emitted[name] = emitted[name][..., shared:]
         return emitted
+
+
+def _everything(sample: Sample) -> Tensor:
+    return torch.ones(1, len(sample.tokens), dtype=torch.bool)
