@@ -38,11 +38,6 @@ def generate(vlm, prepared) -> list[str]:
     return vlm.processor.batch_decode(ids[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def answers(vlm, prepared, keep=1.0, method=None) -> list[str]:
-    """Greedy answers of a batch that is encoded already, with a method at the projector or in the decoder."""
-    return generate(vlm, vlm.compress(method, keep).reselect(prepared))
-
-
 def can_run(method: ts.Method) -> bool:
     """Whether a method runs as it comes, without a scorer that the user must train or hand over."""
     return "policy" not in method.needs or method.options().get("policy") is not None
@@ -82,8 +77,8 @@ def evaluate(vlm, clips, settings, policies=()) -> tuple[dict[tuple, Counter], d
                 tokens[method, keep] += zip(entered, left, strict=True)
             vlm.compress(None)
             grey = [ts.Frames(data=f.data * 0 + 90, times_s=f.times_s, duration_s=2.0, source="grey") for f in frames]
-            tally("image-blind: the model sees grey frames", answers(vlm, vlm.prepare(grey, [q.text for q in asked])))
-            tally("question-blind: the model is asked “?”", answers(vlm, vlm.prepare(frames, ["?"] * len(asked))))
+            tally("image-blind: the model sees grey frames", generate(vlm, vlm.prepare(grey, [q.text for q in asked])))
+            tally("question-blind: the model is asked “?”", generate(vlm, vlm.prepare(frames, ["?"] * len(asked))))
     means = {setting: tuple(sum(of) / len(of) for of in zip(*kept, strict=True)) for setting, kept in tokens.items()}
     return score, means
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from tests.compression.helpers import plain, random_inputs
-from tokensieve.compression import apply_plan
+from tokensieve.compression import apply_plan, merge_plan
 from tokensieve.compression.temporal import (
     even_shares,
     frames_of,
-    plan_from_entries,
     proportional_shares,
     still_places,
 )
@@ -97,10 +96,10 @@ def test_of_places_that_are_equally_alike_the_first_count_as_still():
     assert still_places(likeness, [3], 0.8, 8).tolist() == [[True, True, False, False]]
 
 
-def test_plan_from_entries_in_any_order():
+def test_merge_plan_in_any_order():
     x = random_inputs(6)
     anchor, source = torch.tensor([4, 1, 4, 1]), torch.tensor([0, 1, 4, 5])
-    plan = plan_from_entries(6, anchor, source, torch.tensor([0.25, 0.5, 0.75, 2.0]))
+    plan = merge_plan(6, anchor, source, torch.tensor([0.25, 0.5, 0.75, 2.0]))
     assert plan.kept.tolist() == [1, 4]
     expected = torch.stack([0.5 * x[1] + 2 * x[5], 0.25 * x[0] + 0.75 * x[4]])
     torch.testing.assert_close(apply_plan(plan, x), expected)

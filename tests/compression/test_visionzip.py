@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.compression.helpers import load_golden, plain, random_inputs, random_tower, random_video
-from tokensieve.compression import TowerLayer, TowerView, apply_plan, get_method
-from tokensieve.compression.temporal import plan_from_entries
+from tokensieve.compression import TowerLayer, TowerView, apply_plan, get_method, merge_plan
 from tokensieve.compression.tokens import identity
 from tokensieve.compression.views import split_views
 from tokensieve.compression.visionzip import scores_and_keys, zip_picture
@@ -39,7 +38,7 @@ def test_visionzip_matches_the_official_code(case):
     ):
         score_n = attention_HNN[:, 0, 1:].mean(0)
         entries = zip_picture(score_n, key_Nd[1:], num_dominant, num_contextual)
-        plan = plan_from_entries(len(score_n), *entries)
+        plan = merge_plan(len(score_n), *entries)
         is_dominant_K = torch.isin(plan.kept, dominant_K[1:] - 1)
         assert int(is_dominant_K.sum()) == num_dominant
         ours_KC = apply_plan(plan, hidden_NC[1:])

@@ -37,11 +37,11 @@ from torch.nn import functional as F
 
 from tokensieve.compression.density_peaks import peak_order
 from tokensieve.compression.maxmin import unit_rows
-from tokensieve.compression.plan import Plan
+from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import register_method
 from tokensieve.compression.score_diversity import share_budget
 from tokensieve.compression.sink_guard import set_aside, sinks_to_guard
-from tokensieve.compression.temporal import even_shares, frames_of, plan_from_entries
+from tokensieve.compression.temporal import even_shares, frames_of
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 
@@ -158,7 +158,7 @@ def prune_by_density(
             entries.append((centre_K[label_M], source_M, weight_M))
         first += length
     anchor_E, source_E, weight_E = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    return plan_from_entries(index_Tn.numel(), anchor_E, source_E, weight_E)
+    return merge_plan(index_Tn.numel(), anchor_E, source_E, weight_E)
 
 
 def scene_lengths(frame_TG: Tensor, min_scenes: int, threshold: float) -> list[int]:

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from tokensieve.compression.density_peaks import cluster
 from tokensieve.compression.maxmin import unit_rows
-from tokensieve.compression.plan import Plan
+from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import register_method
 from tokensieve.compression.sink_guard import add_sinks, set_aside, sinks_to_guard
-from tokensieve.compression.temporal import frames_of, plan_from_entries, proportional_shares, still_places
+from tokensieve.compression.temporal import frames_of, proportional_shares, still_places
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 
@@ -180,7 +180,7 @@ def merge_and_prune(
             entries.append((kept_Q, kept_Q, torch.ones(len(kept_Q), device=kept_Q.device)))
         first += length
     anchor_E, source_E, weight_E = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    return plan_from_entries(index_Tn.numel(), anchor_E, source_E, weight_E)
+    return merge_plan(index_Tn.numel(), anchor_E, source_E, weight_E)
 
 
 def _merge_still(x_WPC: Tensor, index_WP: Tensor, num_centres: int) -> tuple[Tensor, Tensor, Tensor]:

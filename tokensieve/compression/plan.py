@@ -113,16 +113,17 @@ def keep_all(num_tokens: int, device: torch.device | str = "cpu") -> Plan:
     return Plan(torch.arange(num_tokens, device=device), num_tokens)
 
 
-def merge_plan(kept: Tensor, weights: Tensor, *, before_projector: bool = False) -> Plan:
-    """A plan from a matrix: row k of `weights` `[K, N]` says what kept token `kept[k]` is made of.
+def merge_plan(
+    num_tokens: int, anchor_E: Tensor, source_E: Tensor, weight_E: Tensor, *, before_projector: bool = False
+) -> Plan:
+    """The plan in which every token named in `anchor_E` stays and becomes the sum of its `weight * token[source]`.
 
-    Rows may come in any order; `kept` `[K]` (distinct, any order) is sorted and the rows with it. Zeros are left
-    out. For methods whose merge touches few tokens at a time; large ones build `Merge` from their entries.
-
-    Raises:
-        ValueError: a row is all zero, or `kept` repeats a token.
+    Args:
+        num_tokens: N.
+        anchor_E, source_E: int64 in [0, N), entries in any order.
+        weight_E: float.
+        before_projector: as in `Merge`.
     """
-    order = kept.argsort()
-    target, source = weights[order].nonzero(as_tuple=True)
-    merge = Merge(source, target, weights[order][target, source].float(), before_projector)
-    return Plan(kept[order], weights.shape[1], merge)
+    kept, target_E = anchor_E.unique(return_inverse=True)
+    order = target_E.sort(stable=True).indices
+    return Plan(kept, num_tokens, Merge(source_E[order], target_E[order], weight_E[order].float(), before_projector))

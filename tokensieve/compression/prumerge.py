@@ -37,10 +37,9 @@ import torch
 from torch import Tensor
 
 from tokensieve.compression.maxmin import MAX_MATRIX_BYTES, unit_rows
-from tokensieve.compression.plan import Plan
+from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import register_method
 from tokensieve.compression.sink_guard import set_aside, sinks_to_guard
-from tokensieve.compression.temporal import plan_from_entries
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.compression.tower_view import TowerView
 from tokensieve.compression.views import split_views
@@ -142,7 +141,7 @@ def _merge_views(
             continue
         anchor_E, source_E, weight_E = merge_picture(score_n, key_NC[member_n], kept_K)
         entries.append((member_n[anchor_E], member_n[source_E], weight_E))
-    return plan_from_entries(len(tokens), *map(torch.cat, zip(*entries, strict=True)), before_projector=True)
+    return merge_plan(len(tokens), *map(torch.cat, zip(*entries, strict=True)), before_projector=True)
 
 
 def scores_and_keys(tower: TowerView) -> tuple[Tensor, Tensor]:

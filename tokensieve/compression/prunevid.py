@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokensieve.compression.density_peaks import cluster
-from tokensieve.compression.plan import Plan, apply_plan
+from tokensieve.compression.plan import Plan, apply_plan, merge_plan
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.temporal import frames_of, plan_from_entries, proportional_shares, still_places
+from tokensieve.compression.temporal import frames_of, proportional_shares, still_places
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 
@@ -168,7 +168,7 @@ def join_groups(groups: list[Tensor], num_groups: int) -> list[Tensor]:
 def merge_groups(x_NC: Tensor, unit_N: Tensor, groups: list[Tensor], counts: list[int]) -> Plan:
     """Density-peak clusters of the units of every group, each replaced by its mean over units at its centre's place."""
     source_N = torch.arange(len(unit_N), device=unit_N.device)
-    over_time = plan_from_entries(len(unit_N), unit_N, source_N, 1 / unit_N.bincount()[unit_N])
+    over_time = merge_plan(len(unit_N), unit_N, source_N, 1 / unit_N.bincount()[unit_N])
     x_MC = apply_plan(over_time, x_NC)
     anchor_M, size_M = over_time.kept.clone(), torch.ones_like(over_time.kept)
     for group, count in zip(groups, counts, strict=True):
@@ -179,7 +179,7 @@ def merge_groups(x_NC: Tensor, unit_N: Tensor, groups: list[Tensor], counts: lis
             size_M[unit_G] = label_G.bincount()[label_G]
     unit_E = over_time.merge.target
     weight_E = over_time.merge.weight / size_M[unit_E]
-    return plan_from_entries(len(unit_N), anchor_M[unit_E], over_time.merge.source, weight_E)
+    return merge_plan(len(unit_N), anchor_M[unit_E], over_time.merge.source, weight_E)
 
 
 def _check_share(name: str, value: float) -> None:

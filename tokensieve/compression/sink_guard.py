@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.compression.decoder_stage import DecoderTokens
-from tokensieve.compression.plan import Plan
+from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import did_you_mean
-from tokensieve.compression.temporal import plan_from_entries
 from tokensieve.compression.tower_view import TowerView
 from tokensieve.errors import BadOption
 
@@ -108,7 +107,7 @@ def add_sinks(plan: Plan, member_n: Tensor, sinks: Tensor, num_tokens: int) -> P
     """
     if plan.merge is None:
         return Plan(torch.cat([member_n[plan.kept], sinks]).sort().values, num_tokens)
-    return plan_from_entries(
+    return merge_plan(
         num_tokens,
         torch.cat([member_n[plan.kept[plan.merge.target]], sinks]),
         torch.cat([member_n[plan.merge.source], sinks]),

@@ -1,6 +1,6 @@
-"""What video methods share: frames, still places and how many are merged, shares of a budget, a plan from entries."""
+"""What video methods share: frames, still places and how many are merged, shares of a budget."""
 
-# Shape legend: N tokens, T frames, n places of a frame, S scenes, G groups, E entries of a merge, D width
+# Shape legend: N tokens, T frames, n places of a frame, S scenes, G groups, D width
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokensieve.compression.maxmin import SAME
-from tokensieve.compression.plan import Merge, Plan
 from tokensieve.compression.tokens import VisualTokens
 
 
@@ -63,19 +62,3 @@ def even_shares(num_frames: int, total: int) -> list[int]:
     """
     ends = [(2 * t * total + num_frames) // (2 * num_frames) for t in range(num_frames + 1)]
     return [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
-
-
-def plan_from_entries(
-    num_tokens: int, anchor_E: Tensor, source_E: Tensor, weight_E: Tensor, *, before_projector: bool = False
-) -> Plan:
-    """The plan in which every token named in `anchor_E` stays and becomes the sum of its `weight * token[source]`.
-
-    Args:
-        num_tokens: N.
-        anchor_E, source_E: int64 in [0, N), entries in any order.
-        weight_E: float.
-        before_projector: as in `Merge`.
-    """
-    kept, target_E = anchor_E.unique(return_inverse=True)
-    order = target_E.sort(stable=True).indices
-    return Plan(kept, num_tokens, Merge(source_E[order], target_E[order], weight_E[order].float(), before_projector))

@@ -33,10 +33,9 @@ from torch import Tensor
 
 from tokensieve.compression.density_peaks import nearest_centre
 from tokensieve.compression.maxmin import unit_rows
-from tokensieve.compression.plan import Plan
+from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import register_method
 from tokensieve.compression.sink_guard import set_aside, sinks_to_guard
-from tokensieve.compression.temporal import plan_from_entries
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.compression.tower_view import TowerView
 from tokensieve.compression.views import split_views
@@ -96,7 +95,7 @@ def visionzip(
                 score_N[member_n], key_Nd[member_n], num_dominant, share - num_dominant
             )
             entries.append((member_n[anchor_E], member_n[source_E], weight_E))
-    return plan_from_entries(len(tokens), *map(torch.cat, zip(*entries, strict=True)), before_projector=True)
+    return merge_plan(len(tokens), *map(torch.cat, zip(*entries, strict=True)), before_projector=True)
 
 
 def scores_and_keys(tower: TowerView) -> tuple[Tensor, Tensor]:
