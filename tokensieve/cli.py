@@ -218,6 +218,7 @@ def _lazy(name: str) -> Callable[[Namespace], int]:
 
 POLICY_TRAINERS = {
     "cacovid": "train a compression policy by rewards (CaCoVID)",
+    "rank": "train a compression policy to rank the tokens of a whole video",
     "distil": "train a compression policy without labels, from the model that sees all tokens",
 }
 TRAINERS = {"tiny": Command("train the shipped model from nothing", _tiny_options, _lazy("train_tiny"))}

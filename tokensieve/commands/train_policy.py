@@ -1,4 +1,4 @@
-"""`tokensieve train cacovid|distil`: a LightningCLI, so that its options, YAML files and callbacks are Lightning's."""
+"""`tokensieve train cacovid|rank|distil`: a LightningCLI, so that its options, YAML files and callbacks are Lightning's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(kind: str, argv: Sequence[str]) -> int:
     """Trains a policy and leaves it in `OUT/policy`.
 
     Args:
-        kind: "cacovid" or "distil".
+        kind: "cacovid", "rank" or "distil".
         argv: the other words of the command line.
 
     Raises:
@@ -33,8 +33,9 @@ def run(kind: str, argv: Sequence[str]) -> int:
     from tokensieve.pipeline.policy.data import PolicyData
     from tokensieve.pipeline.policy.distil import DistilModule
     from tokensieve.pipeline.policy.last_checkpoint import LastCheckpoint
+    from tokensieve.pipeline.policy.ranking import RankingModule
 
-    module = {"cacovid": CacovidModule, "distil": DistilModule}[kind]
+    module = {"cacovid": CacovidModule, "rank": RankingModule, "distil": DistilModule}[kind]
 
     class PolicyCLI(LightningCLI):
         def add_arguments_to_parser(self, parser) -> None:

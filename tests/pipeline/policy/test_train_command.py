@@ -36,7 +36,7 @@ def clip(tmp_path_factory) -> str:
     return str(folder / "test-0-000000.mp4")
 
 
-@pytest.mark.parametrize("kind", ["cacovid", "distil"])
+@pytest.mark.parametrize("kind", ["cacovid", "rank", "distil"])
 def test_train_then_answer(kind, clip, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--max_steps=2", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=true", "--json"]

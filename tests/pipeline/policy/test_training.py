@@ -33,7 +33,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind, scorer", [("cacovid", "light"), ("cacovid", "cacovid"), ("distil", "light")])
+@pytest.mark.parametrize("kind, scorer", [("cacovid", "light"), ("cacovid", "cacovid"), ("rank", "light"), ("distil", "light")])
 def test_only_the_policy_learns(kind, scorer, tmp_path):
     module = make_module(kind, scorer=scorer, val_keeps=[0.1])
     model = module.judge.vlm.model
@@ -62,8 +62,9 @@ def test_the_tower_runs_once_a_clip_and_all_subsets_in_one_batch(kind):
     )
     fit(module, 8, data=PolicyData(clips=2, batch=2))
     assert len(tower) == 2
-    if kind == "cacovid":
-        assert batches == [6, 1] * 3 * 8  # 3 questions, 4 + 2 subsets, and no visual token at all
+    if kind != "distil":
+        subsets = {"cacovid": 6, "rank": 4}[kind]
+        assert batches == [subsets, 1] * 3 + [subsets] * 3 * 7  # 3 questions; without any visual token once
     else:
         assert batches[-8:] == [3] * 8  # the rest is what the teacher said, once
 
@@ -166,11 +167,14 @@ def test_clips_of_one_name_are_told_apart(tmp_path):
 
 
 def test_memory_for_clips_is_bounded():
-    module = make_module("distil", cache_clips=2)
     clips = few_questions("train", 3)
+    (sample, *_) = make_module("distil").samples(clips[:1])
+    one = (289 + 288) * 192 * 4 + sample.item.tokens.projector.inputs.nbytes  # one newline is no candidate
+    module = make_module("distil", cache_gib=2.5 * one / 2**30)
     first = module.samples(clips[:1])[0]
-    module.samples(clips[1:])
-    assert len(module._encoded) == 2 and module.samples(clips[:1])[0] is not first
+    assert module.samples(clips[:1])[0] is first
+    assert len(module.samples(clips)) == 4 and len(module._encoded) == 2
+    assert module.samples(clips[:1])[0] is not first and module._encoded_bytes == 2 * one
 
 
 @both
@@ -188,7 +192,7 @@ def test_what_is_refused():
         fit(make_module("cacovid"), 2, precision="bf16-true")
     with pytest.raises(BadOption, match="number of steps"):
         fit(make_module("cacovid"), -1)
-    options = {"scorer": "heavy", "lr": 0.0, "warmup": 2, "accumulate": 0, "cache_clips": 0, "seed": -1}
+    options = {"scorer": "heavy", "lr": 0.0, "warmup": 2, "accumulate": 0, "cache_gib": 0.0, "seed": -1}
     for name, value in options.items():
         with pytest.raises(BadOption, match=name):
             make_module("cacovid", **{name: value})

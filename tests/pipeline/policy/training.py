@@ -12,9 +12,11 @@ from tokensieve.pipeline.policy.cacovid import CacovidModule
 from tokensieve.pipeline.policy.data import Asked, PolicyData, generated
 from tokensieve.pipeline.policy.distil import DistilModule
 from tokensieve.pipeline.policy.last_checkpoint import LastCheckpoint
+from tokensieve.pipeline.policy.ranking import RankingModule
 
 KINDS = {
     "cacovid": (CacovidModule, dict(rounds=2, token_subsets=4, frame_subsets=2, rate=0.02, reward="loglik")),
+    "rank": (RankingModule, dict(subsets=4)),
     "distil": (DistilModule, dict(first_heat=0.3, last_heat=0.2, noise=3.0)),
 }
 

@@ -60,8 +60,7 @@ def subset_rewards(
     logits_GMV = scorer.answer_logits(sample, mask_GN)
     if kind == "match":
         return (logits_GMV.argmax(-1) == sample.answer_ids).all(1).double().cpu()
-    empty_1MV = scorer.answer_logits(sample, torch.zeros_like(mask_GN[:1]))
-    return loglik_gain(logits_GMV, empty_1MV, sample.answer_ids[None]).double().cpu()
+    return loglik_gain(logits_GMV, scorer.blind_logits(sample), sample.answer_ids[None]).double().cpu()
 
 
 def divergence(teacher_XMV: Tensor, student_XMV: Tensor, kind: str = "forward") -> Tensor:

@@ -39,7 +39,7 @@ class PolicyModule(L.LightningModule):
         seed: of weights and draws.
         val_keeps: budgets that validation looks at.
         accumulate: parts that the clips of a batch are worked off in: the same update in less memory.
-        cache_clips: how many encoded clips stay in memory.
+        cache_gib: GiB of encoded clips that stay in memory, above 0; the oldest leave first.
 
     Raises:
         BadOption: an option is not one of these.
@@ -58,7 +58,7 @@ class PolicyModule(L.LightningModule):
         seed: int = 0,
         val_keeps: Sequence[float] = (0.1, 0.05),
         accumulate: int = 1,
-        cache_clips: int = 4000,
+        cache_gib: float = 4.0,
     ):
         super().__init__()
         from tokensieve.pipeline.loader import load
@@ -67,11 +67,11 @@ class PolicyModule(L.LightningModule):
             raise BadOption(f"scorer must be one of {SCORERS}, got {scorer!r}.")
         if not (0 < lr < math.inf and 0 <= warmup <= 1):
             raise BadOption(f"Need a finite lr above 0 and a warmup in [0, 1], got {lr} and {warmup}.")
-        if accumulate < 1 or cache_clips < 1 or seed < 0:
-            given = f"{accumulate}, {cache_clips} and {seed}"
-            raise BadOption(f"accumulate and cache_clips must be above 0 and seed not below, got {given}.")
+        if accumulate < 1 or not cache_gib > 0 or seed < 0:
+            given = f"{accumulate}, {cache_gib} and {seed}"
+            raise BadOption(f"accumulate and cache_gib must be above 0 and seed not below, got {given}.")
         self.automatic_optimization = False
-        self.lr, self.warmup, self.cache_clips = lr, warmup, cache_clips
+        self.lr, self.warmup, self.cache_bytes = lr, warmup, cache_gib * 2**30
         self.accumulate, self.seed = accumulate, seed
         self.val_keeps = [check_keep(keep) for keep in val_keeps]
         self._judge = [SubsetScorer(load(model, device="cpu"))]  # in a list, so that it is no submodule
@@ -82,6 +82,7 @@ class PolicyModule(L.LightningModule):
             self.policy = LightScorer(width, question_aware=question_aware, frame_head=self.frame_head, seed=seed)
         self.policy.requires_grad_(True)
         self._encoded: OrderedDict[Asked, list[Sample]] = OrderedDict()
+        self._encoded_bytes = 0
 
     @property
     def judge(self) -> SubsetScorer:
@@ -97,9 +98,11 @@ class PolicyModule(L.LightningModule):
         for clip in clips:
             if clip not in self._encoded:
                 self._encoded[clip] = encode_samples(self.judge.vlm, clip.load(), clip.questions, clip.answers)
-                if len(self._encoded) > self.cache_clips:
-                    self._encoded.popitem(last=False)
+                self._encoded_bytes += _num_bytes(self._encoded[clip])
             found += self._encoded[clip]
+            while self._encoded_bytes > self.cache_bytes:
+                _, oldest = self._encoded.popitem(last=False)
+                self._encoded_bytes -= _num_bytes(oldest)
         return found
 
     def training_step(self, clips: Sequence[Asked], _) -> None:
@@ -168,3 +171,11 @@ class PolicyModule(L.LightningModule):
             )
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.01)
         return [optimizer], [warm_up_then_cosine(optimizer, self.trainer.max_steps, self.warmup)]
+
+
+def _num_bytes(samples: Sequence[Sample]) -> int:
+    """Bytes of the encoder's output, which the questions of a clip share and which is nearly all of a sample."""
+    item = samples[0].item
+    projector = item.tokens.projector
+    held = [item.features, item.tokens.features, *item.deepstack, *([] if projector is None else [projector.inputs])]
+    return sum(x.numel() * x.element_size() for x in held)

@@ -37,6 +37,7 @@ class SubsetScorer:
             raise BadOption("The judge must see all tokens of a subset.", hint="Call vlm.compress(None) first.")
         self.vlm = vlm
         self._taught: WeakKeyDictionary[Sample, dict[int, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+        self._blind: WeakKeyDictionary[Sample, Tensor] = WeakKeyDictionary()
         vlm.model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -78,6 +79,16 @@ class SubsetScorer:
             own = self.own_answer(sample, max_new_tokens)
             known[max_new_tokens] = own, self.answer_logits(sample, _everything(sample), own)[0]
         return known[max_new_tokens]
+
+    def blind_logits(self, sample: Sample) -> Tensor:
+        """`[1, M, V]`: `answer_logits` without any visual token; worked out once a sample.
+
+        Raises:
+            BadOption: there is no answer.
+        """
+        if sample not in self._blind:
+            self._blind[sample] = self.answer_logits(sample, ~_everything(sample))
+        return self._blind[sample]
 
     @torch.no_grad()
     def _generated(self, sample: Sample, mask_GN: Tensor, max_new_tokens: int) -> Tensor:
