@@ -9,6 +9,7 @@ import torch
 from tests.compression.helpers import load_golden, plain, random_inputs, random_policy, random_video
 from tokensieve.compression import get_method
 from tokensieve.compression.cacovid import frame_quotas, select_by_policy
+from tokensieve.compression.systematic import systematic_subset
 from tokensieve.errors import BadOption
 
 cacovid = get_method("cacovid")
@@ -215,18 +216,22 @@ def test_bad_caps_are_refused(frame_cap):
         cacovid(random_video(), 30, policy=random_policy, frame_cap=frame_cap)
 
 
-@pytest.mark.parametrize("importance", [None, 1.0, 0.5])
 @pytest.mark.parametrize("num_keep", [2, 7, 24, 95])
-def test_without_frame_logits_all_tokens_are_ranked_together(num_keep, importance):
+def test_without_frame_logits_the_whole_video_is_sampled_systematically(num_keep):
     video = random_video()
     score_N = torch.randn(96, generator=torch.Generator().manual_seed(4))
-    score_N[24:] -= 10  # all good ones in the first frame
+    score_N[24:] -= 30  # all good ones in the first frame
 
     def policy(tokens):
         return torch.stack([-score_N, score_N], -1), None
 
-    options = {} if importance is None else {"importance": importance}
-    plan = get_method("cacovid")(video, num_keep, policy=policy, **options)
+    plan = get_method("cacovid")(video, num_keep, policy=policy)
     assert plan.num_kept == num_keep
-    chosen = score_N.sort(descending=True).indices[: num_keep if importance != 0.5 else num_keep // 2]
-    assert set(chosen.tolist()) <= set(plan.kept.tolist())
+    assert torch.equal(plan.kept, systematic_subset(2 * score_N, num_keep))
+    assert (plan.kept < 24).sum() == min(num_keep, 24)
+
+
+@pytest.mark.parametrize("option", ["importance", "frame_cap"])
+def test_options_that_need_frame_logits_are_refused_without(option):
+    with pytest.raises(BadOption, match="no frame logits"):
+        cacovid(random_video(), 30, policy=lambda tokens: (random_policy(tokens)[0], None), **{option: 0.5})

@@ -12,7 +12,8 @@ Selection by a trained policy, which gives logits (drop, keep) per token and per
               M of them, up to floor(keep T n) in all
 
 With the defaults (imp = 0.5, cap = 1.5 keep) half of the budget is this even coverage. How the policy is trained is
-another matter; this module takes one as it is.
+another matter; this module takes one as it is. A policy without frame logits (ours) selects by `systematic`: what its
+scores leave open is spread evenly over the whole video.
 
 What differs from the official code (LivingFutureLab/CaCoVID; written from the description):
 - The budget is a count and met exactly; products are exact, where `floor` of floats may lose a token.
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.registry import register_method
+from tokensieve.compression.systematic import systematic_subset
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 
@@ -89,11 +91,11 @@ def cacovid(
         tokens: the candidates.
         num_keep: how many stay.
         policy: a callable `(tokens) -> (token_logits [N, 2], frame_logits [T, 2])`, drop first, keep second. Frame
-            logits may be None: then all tokens of the video are ranked together (ours), and `frame_cap` says nothing.
+            logits may be None: then tokens of the whole video are sampled systematically by their logits (ours).
         importance: share of the budget that the policy decides on, in (0, 1]; the rest is even coverage. None for
-            0.5, or 1 for a policy without frame logits.
+            0.5. Needs frame logits.
         frame_cap: above 0; the policy chooses about `importance * n * frame_cap` of a frame's n tokens at most. None
-            for 1.5 times the share of all tokens that is kept.
+            for 1.5 times the share of all tokens that is kept. Needs frame logits.
 
     Raises:
         BadOption: there is no policy, its logits have the wrong shape or are NaN, or an option is out of range.
@@ -105,19 +107,14 @@ def cacovid(
             "train one.",
         )
     token_logits_N2, frame_logits_T2 = policy(tokens)
-    num_frames = tokens.grids[0][0] if len(tokens.grids) == 1 else 1
-    if frame_logits_T2 is None:  # the whole video is one frame, which may hold all of the budget
-        importance = 1.0 if importance is None else importance
-        _check_share("importance", importance, most=1)
-        num_frames, frame_logits_T2, frame_cap = 1, token_logits_N2.new_zeros(1, 2), 2 / importance
-    elif importance is None:
-        importance = IMPORTANCE
-    for name, logits, count in (("token", token_logits_N2, len(tokens)), ("frame", frame_logits_T2, num_frames)):
-        if logits.shape != (count, 2) or not logits.isfinite().all():
-            raise BadOption(
-                f"The policy must give {name} logits of shape ({count}, 2), all finite; got {tuple(logits.shape)}"
-                f"{' with NaN or infinite values' if logits.shape == (count, 2) else ''}."
-            )
+    _check_logits("token", token_logits_N2, len(tokens))
+    if frame_logits_T2 is None:
+        if importance is not None or frame_cap is not None:
+            raise BadOption("importance and frame_cap share a budget over frames, and this policy has no frame logits.")
+        kept = systematic_subset(token_logits_N2.float().diff(dim=1)[:, 0], num_keep)
+        return Plan(kept.to(tokens.features.device), len(tokens))
+    _check_logits("frame", frame_logits_T2, tokens.grids[0][0] if len(tokens.grids) == 1 else 1)
+    importance = IMPORTANCE if importance is None else importance
     keep = Fraction(num_keep, len(tokens))
     chosen = select_by_policy(token_logits_N2, frame_logits_T2, keep, importance=importance, frame_cap=frame_cap)
     return Plan(chosen.kept.to(tokens.features.device), len(tokens))
@@ -180,6 +177,14 @@ def frame_quotas(
     while sum(quotas) < math.floor(total):
         quotas[quotas.index(min(quotas))] += 1
     return quotas
+
+
+def _check_logits(name: str, logits: Tensor, count: int) -> None:
+    if logits.shape != (count, 2) or not logits.isfinite().all():
+        raise BadOption(
+            f"The policy must give {name} logits of shape ({count}, 2), all finite; got {tuple(logits.shape)}"
+            f"{' with NaN or infinite values' if logits.shape == (count, 2) else ''}."
+        )
 
 
 def _check_share(name: str, value: float, most: float) -> None:

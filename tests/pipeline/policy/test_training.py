@@ -63,7 +63,7 @@ def test_the_tower_runs_once_a_clip_and_all_subsets_in_one_batch(kind):
     fit(module, 8, data=PolicyData(clips=2, batch=2))
     assert len(tower) == 2
     if kind != "distil":
-        subsets = {"cacovid": 6, "rank": 4}[kind]
+        subsets = {"cacovid": 6, "rank": 5}[kind]
         assert batches == [subsets, 1] * 3 + [subsets] * 3 * 7  # 3 questions; without any visual token once
     else:
         assert batches[-8:] == [3] * 8  # the rest is what the teacher said, once

@@ -4,10 +4,10 @@
     log pi   sum over the draws j of  s_j - logsumexp(s of the tokens not drawn before)
     loss     an `Objective` over these log-probabilities: by default the advantage of GRPO times the likelihood ratio
 
-`s_i` is the policy's keep-logit minus its drop-logit. Ours, from known parts: the greedy choice of such a policy is the
-k highest s of the whole video, which is what `cacovid` keeps for a policy without a frame head; training and use
-agree. CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are
-never compared across frames. With the reward "agree" no labels are needed: a distillation by the score function.
+`s_i` is the policy's keep-logit minus its drop-logit. Ours, from known parts. In use `cacovid` keeps, for a policy without
+a frame head, a systematic sample with the same probabilities (see `compression.systematic`): training and use agree.
+CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are never
+compared across frames. With the reward "agree" no labels are needed: a distillation by the score function.
 
 Plackett, "The analysis of permutations", Applied Statistics 24 (1975); drawing by Gumbel noise: Kool, van Hoof, Welling,
 "Stochastic Beams and Where to Find Them", https://arxiv.org/abs/1903.06059 (ICML 2019).
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.compression.budget import check_keep
+from tokensieve.compression.systematic import systematic_subset
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.policy.judging import check_reward, subset_rewards
 from tokensieve.pipeline.policy.module import PolicyModule
@@ -42,7 +43,8 @@ class RankingModule(PolicyModule):
     Args:
         reward: see `judging`; "agree" needs no labels.
         objective: advantage, policy loss and aggregation; it has no reference, so no KL.
-        subsets: how many are scored a sample; the first is the greedy one.
+        subsets: how many are drawn a sample. One more is scored for the progress bar and teaches nothing: what `cacovid`
+            would keep.
         min_keep, max_keep: shares between which each sample's budget is drawn (evenly in their logarithm), so that one
             policy serves many.
     """
@@ -79,8 +81,8 @@ class RankingModule(PolicyModule):
         loss = self.step(num_samples, losses)
         logged = {
             "loss": loss,
-            "reward": torch.cat(rewards).nanmean().float(),
-            "greedy": torch.stack([r[0] for r in rewards]).nanmean().float(),
+            "reward": torch.cat([r[:-1] for r in rewards]).nanmean().float(),
+            "greedy": torch.stack([r[-1] for r in rewards]).nanmean().float(),
         }
         self.log_dict(logged, prog_bar=True, batch_size=num_samples)
 
@@ -91,15 +93,17 @@ class RankingModule(PolicyModule):
         losses = []
         for sample, (token_logits, _), generator in zip(samples, logits, draws, strict=True):
             drawn = self._draw(token_logits, generator)
-            own = subset_rewards(self.judge, sample, drawn.mask, self.reward)
-            losses.append(ranking_loss(token_logits, drawn.order, own, self.objective))
+            kept = systematic_subset(token_logits.float().diff(dim=1)[:, 0], drawn.order.shape[-1])
+            used_1N = torch.zeros_like(drawn.mask[:1]).index_fill(1, kept.to(drawn.mask.device), True)
+            own = subset_rewards(self.judge, sample, torch.cat([drawn.mask, used_1N]), self.reward)
+            losses.append(ranking_loss(token_logits, drawn.order, own[:-1], self.objective))
             rewards.append(own)
         return losses
 
     def _draw(self, token_logits: Tensor, generator: torch.Generator) -> Subsets:
         low, high = (math.log(keep) for keep in self.keeps)
         keep = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
-        return gumbel_subsets(token_logits, 1, keep, self.num_subsets, generator=generator)
+        return gumbel_subsets(token_logits, 1, keep, self.num_subsets, generator=generator, greedy_first=False)
 
 
 def ranking_loss(token_logits: Tensor, order_G1k: Tensor, rewards_G: Tensor, objective: Objective) -> Tensor:
