@@ -30,7 +30,7 @@ from rich.progress import track
 
 import tokensieve as ts
 
-RANK = "rank --data.clips 1500 --data.batch 3 --model.lr 0.004 --max_steps 500"
+RANK = "rank --data.clips 1500 --data.batch 3 --model.lr 0.004 --max_steps 300"
 CACOVID = (
     "cacovid --data.clips 1500 --data.batch 3 --model.scorer cacovid --model.reward loglik --model.rounds 1 "
     "--model.rate 0.04 --model.min_rate 0.04 --model.max_rate 0.04 --model.token_subsets 16 --model.frame_subsets 8 "
@@ -38,17 +38,16 @@ CACOVID = (
 )
 DISTIL = (
     "distil --data.clips 1500 --data.batch 4 --model.lr 0.003 --model.first_heat 0.3 --model.last_heat 0.1 "
-    "--model.max_keep 0.1 --max_steps 400"
+    "--model.min_keep 0.02 --model.max_keep 0.1 --max_steps 500"
 )
 BLIND = " --model.question_aware false"
 SETUPS = {
+    "distil": ("light scorer, distilled (no labels)", DISTIL),
+    "distil-blind": ("light scorer, distilled, question-blind", DISTIL + BLIND),
     "rank": ("light scorer, ranking", RANK),
     "rank-blind": ("light scorer, ranking, question-blind", RANK + BLIND),
-    "rank-agree": ("light scorer, ranking, no labels (`agree`)", RANK + " --model.reward agree"),
     "cacovid": ("CaCoVID scorer, bidirectional", CACOVID),
     "cacovid-causal": ("CaCoVID scorer, causal: question-blind", CACOVID + " --model.attention causal"),
-    "distil": ("light scorer, distilled, no labels", DISTIL),
-    "distil-blind": ("light scorer, distilled, question-blind", DISTIL + BLIND),
 }
 SEEDS = (0, 1, 2)
 KEEPS = (0.25, 0.1, 0.05)

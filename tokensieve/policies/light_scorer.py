@@ -8,10 +8,7 @@ grows with N^2:
     block  x += attention of x over the q_m and one learned "nothing" (question-aware scorers only)
            x += MLP(x, mean of its frame, mean of all, differences to the same place in the frame before and after and
                 to the mean of its four neighbours)
-    Z_tok  exp(w . rms(mean of all x)) MLP(x_i);  Z_frm  MLP(mean of x over the frame): (drop, keep)
-
-The factor before Z_tok says how sharply this question chooses: one that names a digit wants a few places only, one that
-counts wants an even look at everything.
+    Z_tok  MLP(x_i);  Z_frm  MLP(mean of x over the frame): (drop, keep)
 
 `rms(v) = v / root mean square of v`, so features need no scale. It reads what the language model would read and
 nothing of its weights. There is no paper.
@@ -93,9 +90,6 @@ class LightScorer(SavedPolicy):
                 [_Block(width, num_heads if question_aware else None) for _ in range(num_blocks)]
             )
             self.token_head = _head(width)
-            self.sharpness = nn.Linear(width, 1)
-            nn.init.zeros_(self.sharpness.weight)
-            nn.init.zeros_(self.sharpness.bias)
             self.frame_head = _head(width) if frame_head else None
 
     @property
@@ -161,9 +155,7 @@ class LightScorer(SavedPolicy):
             allowed = F.pad(text_mask_BM, (1, 0), value=True)[:, None, None, :]  # nothing comes first
         for block in self.blocks:
             x_BNW = block(x_BNW, grids, num_frames, text_BMW, allowed)
-        pooled_B1W = x_BNW.mean(1, keepdim=True)
-        sharpness_B11 = self.sharpness(F.rms_norm(pooled_B1W, pooled_B1W.shape[-1:])).float().exp()
-        token_BN2 = sharpness_B11 * self.token_head(x_BNW).float()
+        token_BN2 = self.token_head(x_BNW).float()
         if self.frame_head is None:
             return token_BN2, None
         return token_BN2, self.frame_head(x_BNW.unflatten(1, (num_frames, -1)).mean(2)).float()
