@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "lightning", "av", "decord", "sklearn", "PIL")
+HEAVY = ("torch", "transformers", "lightning", "av", "decord", "sklearn", "PIL", "pyarrow", "jinja2")
 
 
 @pytest.mark.parametrize(

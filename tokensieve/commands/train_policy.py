@@ -1,4 +1,4 @@
-"""`tokensieve train cacovid|rank|distil`: a LightningCLI, so that its options, YAML files and callbacks are Lightning's."""
+"""`tokensieve train cacovid|rank|distil`: a LightningCLI, so options, YAML files and callbacks are Lightning's."""
 
 from __future__ import annotations
 

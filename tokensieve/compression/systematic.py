@@ -7,7 +7,7 @@
 Where scores are flat this is an even grid over the tokens, and where a few tokens stand out it takes those. The k
 highest scores would be clusters instead: neighbours look alike and score alike.
 
-Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949); the probabilities: Rosén,
+Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949); probabilities: Rosén,
 "Asymptotic theory for order sampling", Journal of Statistical Planning and Inference 62 (1997).
 """
 

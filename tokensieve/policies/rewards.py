@@ -51,10 +51,10 @@ def multiple_choice(answer: str, gold: str) -> float:
     Raises:
         BadOption: `gold` begins with no option letter.
     """
-    right = _OPTION.match(_answer_part(gold))
+    right = _OPTION.match(answer_part(gold))
     if not right:
         raise BadOption(f"The right option must begin with a letter on its own, got {gold!r}.")
-    given = _OPTION.match(_answer_part(answer))
+    given = _OPTION.match(answer_part(answer))
     return float(given is not None and given[1].upper() == right[1].upper())
 
 
@@ -78,7 +78,7 @@ def ocr(answer: str, gold: str) -> float:
     Raises:
         BadOption: `gold` has no word, or jiwer is not installed.
     """
-    jiwer = _library("jiwer", "ocr")
+    jiwer = optional_library("jiwer", "The reward 'ocr'")
     if not _words(gold):
         raise BadOption("The right answer is empty, so it has no word error rate.")
     return max(0.0, 1.0 - jiwer.wer(_words(gold), _words(answer)))
@@ -90,7 +90,7 @@ def free_form(answer: str, gold: str) -> float:
     Raises:
         BadOption: `gold` has no Latin letter or digit, or rouge-score is not installed.
     """
-    if not _ROUGE_WORD.search(_answer_part(gold)):
+    if not _ROUGE_WORD.search(answer_part(gold)):
         raise BadOption(f"ROUGE sees Latin letters and digits only, and the right answer has none: {gold!r}.")
     scores = _rouge().score(_words(gold), _words(answer))
     return sum(score.fmeasure for score in scores.values()) / len(scores)
@@ -167,7 +167,8 @@ def _loglik(logits_BMV: Tensor, answer_BM: Tensor, mask_BM: Tensor) -> Tensor:
     return logprob_BM.masked_fill(mask_BM == 0, 0.0).sum(1)
 
 
-def _answer_part(text: str) -> str:
+def answer_part(text: str) -> str:
+    """What is inside the last `<answer>...</answer>`, or all of a text without; stripped."""
     tagged = _ANSWER.findall(text)
     return (tagged[-1] if tagged else text).strip()
 
@@ -177,12 +178,12 @@ def _plain(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(_answer_part(text).split())
+    return " ".join(answer_part(text).split())
 
 
 def _number(text: str) -> tuple[float, bool] | None:
     """The number, and whether it has a decimal point; None if the text is none."""
-    text = _answer_part(text).removesuffix(".")
+    text = answer_part(text).removesuffix(".")
     match = _NUMBER.fullmatch(text)
     if not match or not (match[1] or match[3]):
         return None
@@ -198,16 +199,16 @@ def _gold_number(gold: str) -> tuple[float, bool]:
 
 @cache
 def _rouge():
-    scorer = _library("rouge_score.rouge_scorer", "free-form")
+    scorer = optional_library("rouge_score.rouge_scorer", "The reward 'free-form'")
     return scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
 
 
-def _library(module: str, reward: str):
-    """Imported on first use."""
+def optional_library(module: str, what: str):
+    """A module imported on first use; BadOption says that `what` needs it if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise BadOption(
-            f"The reward {reward!r} needs a package that is not installed ({module.partition('.')[0]}).",
+            f"{what} needs a package that is not installed ({module.partition('.')[0]}).",
             hint="pip install 'tokensieve[rewards]'",
         ) from None

@@ -28,8 +28,20 @@ def row(video="a.png", question="How many?", **more):
 def test_questions_of_a_clip_come_together(tmp_path):
     path = write(tmp_path, row("b.png", "1", answer=3), row("a.png", "2"), "", row("b.png", "3", answer="x", more=1))
     a, b = read_manifest(path)
-    assert (a.id, a.questions, a.answers, a.source) == ("a.png", ("2",), (None,), tmp_path / "a.png")
+    assert (a.id, a.questions, a.answers, a.source.source) == ("a.png", ("2",), (None,), tmp_path / "a.png")
     assert (b.id, b.questions, b.answers) == ("b.png", ("1", "3"), ("3", "x"))
+
+
+def test_parts_of_a_video_are_clips_of_their_own(tmp_path):
+    parts = [row(question=q, start=start, end=end) for q, start, end in (("1", 5, 9), ("2", 0, 5), ("3", 5, 9))]
+    first, second = read_manifest(write(tmp_path, *parts))
+    assert first.id == second.id == "a.png" and first != second
+    assert (first.questions, first.source.end_s, second.questions, second.source.start_s) == (("2",), 5, ("1", "3"), 5)
+
+
+def test_the_first_of_several_answers_counts(tmp_path):
+    (clip,) = read_manifest(write(tmp_path, row(answer=["one", "1"])))
+    assert clip.answers == ("one",)
 
 
 def test_a_question_may_hold_any_character(tmp_path):
@@ -48,7 +60,7 @@ def test_a_bad_line_is_named(line, tmp_path):
 def test_what_is_no_manifest(tmp_path):
     with pytest.raises(BadOption, match="no manifest"):
         read_manifest(tmp_path / "nothing.jsonl")
-    with pytest.raises(BadOption, match="no manifest"):
+    with pytest.raises(BadOption, match="no dataset"):
         read_manifest(tmp_path)
     with pytest.raises(BadOption, match="empty"):
         read_manifest(write(tmp_path, "", " "))
@@ -62,7 +74,7 @@ def test_what_is_no_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("question", None), ("question", 3), ("video", None), ("video", ["a"]), ("answer", ["a"])]
+    "field, value", [("question", None), ("question", 3), ("video", None), ("video", ["a"]), ("answer", {"a": 1})]
 )
 def test_fields_are_text(field, value, tmp_path):
     with pytest.raises(BadOption, match="Line 1"):

@@ -33,7 +33,9 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind, scorer", [("cacovid", "light"), ("cacovid", "cacovid"), ("rank", "light"), ("distil", "light")])
+@pytest.mark.parametrize(
+    "kind, scorer", [("cacovid", "light"), ("cacovid", "cacovid"), ("rank", "light"), ("distil", "light")]
+)
 def test_only_the_policy_learns(kind, scorer, tmp_path):
     module = make_module(kind, scorer=scorer, val_keeps=[0.1])
     model = module.judge.vlm.model

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,85 +14,53 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from tokensieve.datasets.frames import Frames
+from tokensieve.datasets.manifest import Record, generated_records, read_records
 from tokensieve.errors import BadOption
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A clip and what is asked about it. `load()` reads or draws its frames.
+    """A clip and what is asked about it.
 
     Attributes:
         id: names the clip.
         questions, answers: of equal length; an answer may be None.
-        source: path of a video or image, or (split, index, seed) of a generated clip.
+        source: a record of the clip, which can read it.
     """
 
     id: str
     questions: tuple[str, ...]
     answers: tuple[str | None, ...]
-    source: Path | tuple[str, int, int]
+    source: Record
 
-    def load(self, num_frames: int | None = None) -> Frames:
-        """The frames; generated clips have 8."""
-        if isinstance(self.source, tuple):
-            from tokensieve.datasets.clip_files import clip_frames
-            from tokensieve.datasets.clips import make_clip
-
-            return clip_frames(make_clip(*self.source))
-        from tokensieve.datasets import read_media
-
-        return read_media(self.source, **({} if num_frames is None else {"num_frames": num_frames}))
+    def load(self) -> Frames:
+        """The frames: 8, or one of an image."""
+        return self.source.load()
 
 
 def generated(split: str, count: int, seed: int = 0) -> list[Asked]:
     """The first clips of a split of the generated data, each with all its questions."""
-    from tokensieve.datasets.clips import make_clip
-
-    clips = [make_clip(split, i, seed) for i in range(count)]
-    return [
-        Asked(c.id, tuple(q.text for q in c.questions), tuple(q.answer for q in c.questions), (split, i, seed))
-        for i, c in enumerate(clips)
-    ]
+    return _by_clip(generated_records(split, count, seed))
 
 
 def read_manifest(path: str | Path) -> list[Asked]:
-    """Clips of a JSONL manifest with `video` (relative to it), `question` and, where there is one, `answer`.
+    """Clips of a manifest or dataset folder, ordered by name; the first of several accepted answers counts.
 
     Raises:
-        BadOption: the file is missing or empty, or has a line that is not such a row or whose video is missing; the
-            line is named.
+        BadOption: as `read_records`; answers may be missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BadOption(f"There is no manifest {str(path)!r}.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise BadOption(f"{str(path)!r} is not UTF-8 text.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            video, question, answer = row["video"], row["question"], row.get("answer")
-            if not all(map(isinstance, (video, question, answer), (str, str, str | float | int | None))):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadOption(
-                f"Line {number} of {str(path)!r} is no row ({type(error).__name__}).",
-                hint='A row is a JSON object with the texts "video", "question" and, for most rewards, "answer".',
-            ) from None
-        if not os.path.exists(path.parent / video):
-            raise BadOption(f"Line {number} of {str(path)!r} names a video that is not there: {video!r}.")
-        rows.append((video, question, answer))
-    if not rows:
-        raise BadOption(f"The manifest {str(path)!r} is empty.")
+    return _by_clip(read_records(path, needs=("question",)))
+
+
+def _by_clip(records: list[Record]) -> list[Asked]:
+    def part(record: Record) -> tuple:
+        return record.clip, record.start_s or 0.0, record.end_s or math.inf
+
     clips = []
-    for video, group in groupby(sorted(rows, key=lambda row: row[0]), key=lambda row: row[0]):
+    for (clip, *_), group in groupby(sorted(records, key=part), key=part):
         mine = list(group)
-        answers = tuple(None if a is None else str(a) for _, _, a in mine)
-        clips.append(Asked(video, tuple(q for _, q, _ in mine), answers, path.parent / video))
+        answers = tuple(record.answers[0] if record.answers else None for record in mine)
+        clips.append(Asked(clip, tuple(record.question for record in mine), answers, mine[0]))
     return clips
 
 
@@ -127,7 +94,7 @@ class PolicyData(L.LightningDataModule):
     """Training and validation questions.
 
     Args:
-        manifest: JSONL of your own training questions; None for generated clips.
+        manifest: your own training questions (JSONL, CSV, Parquet or a dataset folder); None for generated clips.
         val_manifest: the same for validation.
         clips: generated training clips.
         val_clips: generated validation clips.

@@ -7,7 +7,8 @@
 `s_n` is the policy's keep-logit minus its drop-logit, the noise is Gumbel's, and the budget is drawn anew for every
 sample, so that one policy serves many. As the heat falls the g_n become 0 or 1, and the student becomes the model that
 sees exactly the kept tokens: dropping a token is adding log 0 to the attention towards it. Gradients reach every token
-of a sample at once, where a reward tells one number a subset.
+of a sample at once, where a reward tells one number a subset. With noise of scale 1 the tokens that stay are nearly
+drawn without replacement by exp(s), and in use `cacovid` keeps a systematic sample with those probabilities.
 """
 
 # Shape legend: S samples, N candidates, L prompt with answer, M tokens of the answer, V vocabulary

@@ -4,13 +4,13 @@
     log pi   sum over the draws j of  s_j - logsumexp(s of the tokens not drawn before)
     loss     an `Objective` over these log-probabilities: by default the advantage of GRPO times the likelihood ratio
 
-`s_i` is the policy's keep-logit minus its drop-logit. Ours, from known parts. In use `cacovid` keeps, for a policy without
-a frame head, a systematic sample with the same probabilities (see `compression.systematic`): training and use agree.
-CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are never
+`s_i` is the policy's keep-logit minus its drop-logit. Ours, from known parts. In use `cacovid` keeps, for a policy
+without a frame head, a systematic sample with the same probabilities (see `compression.systematic`): training and use
+agree. CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are never
 compared across frames. With the reward "agree" no labels are needed: a distillation by the score function.
 
-Plackett, "The analysis of permutations", Applied Statistics 24 (1975); drawing by Gumbel noise: Kool, van Hoof, Welling,
-"Stochastic Beams and Where to Find Them", https://arxiv.org/abs/1903.06059 (ICML 2019).
+Plackett, "The analysis of permutations", Applied Statistics 24 (1975); drawing by Gumbel noise: Kool, van Hoof and
+Welling, "Stochastic Beams and Where to Find Them", https://arxiv.org/abs/1903.06059 (ICML 2019).
 """
 
 # Shape legend: G subsets, N candidates
@@ -43,8 +43,8 @@ class RankingModule(PolicyModule):
     Args:
         reward: see `judging`; "agree" needs no labels.
         objective: advantage, policy loss and aggregation; it has no reference, so no KL.
-        subsets: how many are drawn a sample. One more is scored for the progress bar and teaches nothing: what `cacovid`
-            would keep.
+        subsets: how many are drawn a sample. One more is scored for the progress bar and teaches nothing: the one
+            that `cacovid` would keep.
         min_keep, max_keep: shares between which each sample's budget is drawn (evenly in their logarithm), so that one
             policy serves many.
     """
