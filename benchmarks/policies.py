@@ -30,15 +30,15 @@ from rich.progress import track
 
 import tokensieve as ts
 
-RANK = "rank --data.clips 600 --data.batch 3 --model.lr 0.004 --max_steps 250"
+RANK = "rank --data.clips 900 --data.batch 3 --model.lr 0.004 --max_steps 300"
 CACOVID = (
-    "cacovid --data.clips 600 --data.batch 3 --model.scorer cacovid --model.reward loglik --model.rounds 1 "
+    "cacovid --data.clips 1200 --data.batch 3 --model.scorer cacovid --model.reward loglik --model.rounds 1 "
     "--model.rate 0.04 --model.min_rate 0.04 --model.max_rate 0.04 --model.token_subsets 16 --model.frame_subsets 8 "
-    "--max_steps 250"
+    "--max_steps 800"
 )
 DISTIL = (
-    "distil --data.clips 400 --data.batch 4 --model.lr 0.003 --model.first_heat 0.3 --model.last_heat 0.1 "
-    "--model.min_keep 0.02 --model.max_keep 0.1 --max_steps 400"
+    "distil --data.clips 800 --data.batch 4 --model.lr 0.003 --model.first_heat 0.3 --model.last_heat 0.1 "
+    "--model.min_keep 0.02 --model.max_keep 0.1 --max_steps 1500"
 )
 BLIND = " --model.question_aware false"
 SETUPS = {

@@ -336,7 +336,7 @@ class VLMAdapter:
         """As `emit` for one prompt, once for every row of `mask_GN`: the same prompt with G subsets of its tokens.
 
         Args:
-            inputs: of one prompt, `[1, L]`, without padding.
+            inputs: of one prompt, `[1, L]`, without padding, and its grids.
             item: its only image or video.
             mask_GN: bool, True where a candidate stays; as many in every row.
             target: as in `emit`.
@@ -353,7 +353,7 @@ class VLMAdapter:
         among_Gn[:, item.candidates] = mask_GN
         stays_GL = torch.ones(num_subsets, length, dtype=torch.bool, device=device)
         stays_GL[:, item.slots] = among_Gn
-        full = {k: v.expand(num_subsets, -1) for k, v in inputs.items()}
+        full = {k: v.repeat(num_subsets, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
         full.setdefault("attention_mask", torch.ones_like(full["input_ids"]))
         emitted = self._packed(full, stays_GL, "preserve", target, 0)
         place_Gk = among_Gn.nonzero()[:, 1].view(num_subsets, -1)

@@ -137,3 +137,13 @@ def build_stages(
             raise BadOption(f"A method is a name or a Stage, got {type(method).__name__}.")
         stages.append(method)
     return tuple(stages)
+
+
+def with_policy(stages: Sequence[Stage], policy) -> tuple[Stage, ...]:
+    """The stages, where those that need a policy and have none get this one (which may be None)."""
+    return tuple(
+        Stage(stage.method.name, stage.keep, **{**stage.options, "policy": policy})
+        if "policy" in stage.method.needs and stage.options.get("policy") is None
+        else stage
+        for stage in stages
+    )

@@ -6,8 +6,8 @@
 
 `s_i` is the policy's keep-logit minus its drop-logit. Ours, from known parts. In use `cacovid` keeps, for a policy
 without a frame head, a systematic sample with the same probabilities (see `compression.systematic`): training and use
-agree. CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are never
-compared across frames. With the reward "agree" no labels are needed: a distillation by the score function.
+agree. CaCoVID draws a fixed share of every frame and rewards each kept or dropped token by itself, so its tokens are
+never compared across frames. With the reward "agree" no labels are needed: a distillation by the score function.
 
 Plackett, "The analysis of permutations", Applied Statistics 24 (1975); drawing by Gumbel noise: Kool, van Hoof and
 Welling, "Stochastic Beams and Where to Find Them", https://arxiv.org/abs/1903.06059 (ICML 2019).

@@ -23,7 +23,7 @@ class Sample:
     """One question about one encoded image or video.
 
     Attributes:
-        inputs: the prompt without pixels, `[1, L]` tensors.
+        inputs: the prompt without pixels: `[1, L]` tensors, and the grids that positions follow from.
         item: the image or video; its `tokens` carry the question.
         question: what is asked.
         answer: the right answer as text; None where there is none (training without labels).
@@ -43,8 +43,11 @@ class Sample:
     def inputs_with(self, answer: Tensor) -> dict[str, Tensor]:
         """The prompt with `[M]` answer ids behind it, `[1, L + M]` tensors; the answer is text of type 0."""
         said = {"input_ids": answer[None], "attention_mask": torch.ones_like(answer[None])}
+        shape = self.inputs["input_ids"].shape
         return {
             name: torch.cat([value, said.get(name, torch.zeros_like(answer[None]))], 1)
+            if value.shape == shape
+            else value
             for name, value in self.inputs.items()
         }
 
@@ -72,7 +75,7 @@ def encode_samples(
     samples: list[Sample] = []
     for question, answer in zip(questions, answers, strict=True):
         inputs = run_processor(processor, [frames], [[user_turn(frames, question, as_video)]])
-        inputs = {k: v.to(vlm.model.device) for k, v in inputs.items() if isinstance(v, Tensor) and k != "labels"}
+        inputs = {k: torch.as_tensor(v).to(vlm.model.device) for k, v in inputs.items() if k != "labels"}
         if samples:
             (item,) = adapter.place([samples[0].item], inputs["input_ids"])
         else:
@@ -84,7 +87,7 @@ def encode_samples(
         (item,) = adapter.with_questions([item], inputs, [question])
         samples.append(
             Sample(
-                inputs={k: v for k, v in inputs.items() if v.shape == inputs["input_ids"].shape},
+                inputs={k: v for k, v in inputs.items() if not k.startswith("pixel")},
                 item=item,
                 question=question,
                 answer=answer,
