@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import tokensieve
 from tests.pipeline.test_adapter import masked_full
 from tests.pipeline.tiny_families import FAMILIES, make_inputs, make_model
 from tokensieve import VLM, Stage, list_methods
+from tokensieve.datasets.clip_files import clip_frames
+from tokensieve.datasets.clips import make_clip
 from tokensieve.errors import BadOption, UnsupportedModel
-from tokensieve.pipeline.stages import Compression, build_stages
+from tokensieve.pipeline.stages import Compression, build_stages, with_policy
 from tokensieve.policies.light_scorer import LightScorer
 
 
@@ -218,3 +221,34 @@ def test_a_full_stack_in_one_model(family):
         tokens = prepared.visual_tokens(row)
         assert left < tokens["kept"] < tokens["full"]
     vlm.compress(None)
+
+
+class TestPolicyOfAModel:
+    """What `VLM.policy` is for: methods that need a policy and are given none."""
+
+    def test_stages_without_a_policy_get_it(self):
+        own = LightScorer(32, question_aware=False)
+        stages = with_policy(build_stages(["tome", "cacovid"], 0.5, {}), own)
+        assert [s.options for s in stages] == [{}, {"policy": own}]
+        assert stages[1].keep == 0.5
+
+    def test_a_policy_that_is_given_stays(self):
+        own, given = LightScorer(32, question_aware=False), LightScorer(32, question_aware=False, seed=1)
+        (stage,) = with_policy((Stage("cacovid", 0.3, policy=given, importance=0.4),), own)
+        assert stage.options == {"policy": given, "importance": 0.4}
+
+    def test_none_changes_nothing(self):
+        (stage,) = with_policy(build_stages("cacovid", 0.5, {}), None)
+        assert stage.options.get("policy") is None
+
+    def test_the_shipped_model_has_one(self):
+        vlm = tokensieve.load("tiny", device="cpu").compress("cacovid", keep=0.05)
+        clip = make_clip("val", 0)
+        frames, questions = clip_frames(clip), [q.text for q in clip.questions]
+        kept = [vlm.prepare(frames, question).plans[0].kept for question in questions]
+        assert [len(k) for k in kept] == [14] * len(questions)
+        again = [vlm.prepare(frames, question).plans[0].kept for question in questions]
+        assert all(map(torch.equal, kept, again))
+        assert len({tuple(k.tolist()) for k in kept}) > 1  # it reads the question
+        staged = tokensieve.load("tiny", device="cpu").compress(Stage("cacovid", 0.05))
+        assert torch.equal(staged.prepare(frames, questions[0]).plans[0].kept, kept[0])

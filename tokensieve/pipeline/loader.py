@@ -17,6 +17,7 @@ from tokensieve.pipeline.vlm import VLM
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"tiny": ASSETS / "tiny"}
+POLICY = "policy"  # folder of a trained policy inside a model's folder
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PICKLE_HINT = (
@@ -36,7 +37,8 @@ def load(
     """Loads a vision-language model with its processor.
 
     Args:
-        name: "tiny" (shipped with the package), a folder in Hugging Face layout, or a hub id.
+        name: "tiny" (shipped with the package), a folder in Hugging Face layout, or a hub id. A trained policy in a
+            subfolder `policy` of a folder becomes `VLM.policy`.
         device: where to put it; a GPU if there is one when left out.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a torch dtype.
         revision: branch, tag or commit on the hub.
@@ -49,13 +51,14 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    dtype = _dtype(dtype)
-    device = _device(device)
+    dtype = as_dtype(dtype)
+    device = as_device(device)
     name = str(name)
-    folder = _folder(name)
+    folder = local_folder(name)
     source = str(folder) if folder else name
     hub = {"revision": revision, "local_files_only": local_files_only or folder is not None}
-    _check_config(name, folder, hub)
+    check_config(name, folder, hub)
+    _check_weights(name, folder)
     hub["trust_remote_code"] = False
     processor = _processor(name, source, hub)
     try:
@@ -75,10 +78,12 @@ def load(
         raise UnsupportedModel(
             f"The checkpoint {name!r} lacks {len(lacking)} of the model's weights.", hint="Download it again."
         )
-    return VLM(model.eval().to(device), processor, name=name)
+    policy = folder / POLICY if folder is not None and (folder / POLICY).is_dir() else None
+    return VLM(model.eval().to(device), processor, name=name, policy=policy)
 
 
-def _dtype(dtype):
+def as_dtype(dtype):
+    """A torch dtype, or "auto"; raises BadOption for anything else."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -86,7 +91,8 @@ def _dtype(dtype):
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
-def _device(device) -> torch.device:
+def as_device(device) -> torch.device:
+    """A device that works here, a GPU if there is one for None; raises BadOption."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -102,7 +108,7 @@ def _device(device) -> torch.device:
     return device
 
 
-def _folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The local folder that is meant, None for a hub id."""
     if name in SHIPPED:
         return SHIPPED[name]
@@ -114,8 +120,17 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def _check_config(name: str, folder: Path | None, hub: Mapping) -> None:
-    """Refuses by config.json and the file names alone, before anything big is fetched or built."""
+def check_config(name: str, folder: Path | None, hub: Mapping) -> None:
+    """Refuses by config.json alone, before anything big is fetched or built.
+
+    Args:
+        name: as the user typed it.
+        folder: where it is, None for a hub id.
+        hub: arguments for the hub.
+
+    Raises:
+        UnsupportedModel, BadOption: as `load`.
+    """
     from transformers import PreTrainedConfig
 
     try:
@@ -145,6 +160,9 @@ def _check_config(name: str, folder: Path | None, hub: Mapping) -> None:
             raise UnsupportedModel(
                 f"The checkpoint {name!r} wants to run code of its own.", hint="Only models of transformers itself run."
             )
+
+
+def _check_weights(name: str, folder: Path | None) -> None:
     if folder is not None and not any(folder.glob("*.safetensors")):
         if any(any(folder.glob(pattern)) for pattern in PICKLED):
             raise UnsupportedModel(f"The weights of {name!r} are pickled.", hint=_PICKLE_HINT)

@@ -16,7 +16,7 @@ from tokensieve.pipeline.adapter import VisualItem, VLMAdapter
 from tokensieve.pipeline.generation import generate_options, num_generated, num_sequences
 from tokensieve.pipeline.prompt import as_frames, check_question, run_processor, shows_video, user_turn
 from tokensieve.pipeline.results import Answer, Prepared
-from tokensieve.pipeline.stages import Compression, Stage, build_stages
+from tokensieve.pipeline.stages import Compression, Stage, build_stages, with_policy
 
 if TYPE_CHECKING:
     from tokensieve.pipeline.decoder_hooks import DecoderHooks
@@ -29,6 +29,7 @@ class VLM:
         model: a `*ForConditionalGeneration` of a supported family; it stays an ordinary transformers model.
         processor: its processor; None if only `compress_inputs` is wanted.
         name: shown in answers.
+        policy: what methods that need a trained policy use unless they are given one: a folder, or a callable.
 
     Raises:
         UnsupportedModel: the family is not supported.
@@ -38,9 +39,10 @@ class VLM:
         >>> print(vlm.answer("clip.mp4", "Which digit is red?"))
     """
 
-    def __init__(self, model: nn.Module, processor=None, name: str = ""):
+    def __init__(self, model: nn.Module, processor=None, name: str = "", policy=None):
         self.model = model
         self.processor = processor
+        self.policy = policy
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.adapter = VLMAdapter(model)
         self.compression: Compression | None = None
@@ -75,7 +77,8 @@ class VLM:
         """
         compression, decoder = None, None
         if method is not None:
-            compression = Compression(stages=build_stages(method, keep, options), positions=positions, seed=seed)
+            stages = with_policy(build_stages(method, keep, options), self.policy)
+            compression = Compression(stages=stages, positions=positions, seed=seed)
             if (tower := compression.at("tower")) is not None:
                 self.adapter.check_tower(tower)
             if (stage := compression.at("decoder")) is not None:
@@ -266,9 +269,14 @@ class VLM:
         ]
         return answers if returned == 1 else [answers[i : i + returned] for i in range(0, len(answers), returned)]
 
+    def tokens_per_layer(self) -> list[list[int]] | None:
+        """Visual tokens of every prompt of the last prefill in each layer; None without a method in the decoder."""
+        return None if self._decoder is None else self._decoder.kept_per_layer
+
     def last_layer_tokens(self) -> list[int] | None:
-        """Visual tokens of every prompt of the last prefill in the last layer; None without a method in the decoder."""
-        return None if self._decoder is None else [layers[-1] for layers in self._decoder.kept_per_layer]
+        """`tokens_per_layer` of the last layer."""
+        per_layer = self.tokens_per_layer()
+        return None if per_layer is None else [layers[-1] for layers in per_layer]
 
     def _last_layer(self, row: int) -> dict[str, int]:
         left = self.last_layer_tokens()
