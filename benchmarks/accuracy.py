@@ -4,7 +4,7 @@
 
 Every clip is encoded once; each method then selects from the same visual tokens and the model generates its
 answer greedily. Methods in the vision tower encode anew. Intervals are 95 % Wilson intervals over questions.
-Methods that need a trained policy are left out unless a policy is registered with them.
+Methods that need a trained policy are left out for a model that comes without one.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ def generate(vlm, prepared) -> list[str]:
     """Greedy answers of a batch under the compression in force."""
     ids = vlm.model.generate(**prepared, max_new_tokens=4, do_sample=False)
     return vlm.processor.batch_decode(ids[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def can_run(method: ts.Method) -> bool:
-    """Whether a method runs as it comes, without a scorer that the user must train or hand over."""
-    return "policy" not in method.needs or method.options().get("policy") is not None
 
 
 @torch.no_grad()
@@ -205,18 +200,21 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(m.name for m in ts.list_methods() if can_run(m)))
+    parser.add_argument("--methods", default="", help="with commas; all that the model has what they need for")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--policies", nargs="*", default=[], help="trained policies: NAME=FOLDER ...")
     parser.add_argument("--out", default="", help="Markdown file; its first paragraph is kept, the table replaced")
     parser.add_argument("--page", default="", help="Markdown file with the two marks for the short table")
     options = parser.parse_args()
-    methods = [m for m in options.methods.split(",") if m]
+    vlm = ts.load(options.model)
+    methods = [m for m in options.methods.split(",") if m] or [
+        m.name for m in ts.list_methods() if "policy" not in m.needs or vlm.policy is not None
+    ]
     policies = {name: load_policy(folder) for name, folder in (p.split("=", 1) for p in options.policies)}
     methods += policies
     settings = [(None, 1.0)] + [(m, float(k)) for k in options.keeps.split(",") for m in methods]
     clips = [make_clip(options.split, i, options.seed) for i in range(options.clips)]
-    score, tokens = evaluate(ts.load(options.model), clips, settings, policies)
+    score, tokens = evaluate(vlm, clips, settings, policies)
     text = report(clips, score, tokens, options.model, options.split)
     print(text)
     if options.out:

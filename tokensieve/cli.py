@@ -140,6 +140,20 @@ def _budgets(value: object) -> float | list[float]:
     return [float(part) for part in value] if isinstance(value, list) else float(value)
 
 
+class _Listed:
+    """Parses `1,0.25`, a list from a file, or a single value."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def __call__(self, value: object) -> list:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return [self.kind(part) for part in parts]
+
+    def __repr__(self) -> str:  # what --help shows
+        return f"{self.kind.__name__},..."
+
+
 def _video(parser: ArgumentParser) -> None:
     parser.add_argument("--num_frames", type=int | None, default=None, help="frames spread over the clip; 8 by default")
     parser.add_argument("--fps", type=float | None, default=None, help="frames per second instead of a number")
@@ -186,6 +200,65 @@ def _demo_options(parser: ArgumentParser) -> None:
     _common(parser)
 
 
+def _bench_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=str,
+        default="tiny",
+        help="llava-onevision-0.5b or -7b, llava-1.5-7b, qwen2.5-vl-3b or -7b (random weights), tiny, a folder or a "
+        "Hugging Face id (weights are used where the folder has them)",
+    )
+    parser.add_argument(
+        "--methods", type=_Listed(str), default=[], help="zoprune,fastv; a stack: tome:0.5+zoprune; all if left out"
+    )
+    parser.add_argument("--keep", type=_Listed(float), default=[0.25], help="budgets: 0.25,0.1")
+    parser.add_argument(
+        "--frames", type=_Listed(int), default=None, help="of a prompt; several (8,16,32) show how memory grows"
+    )
+    parser.add_argument("--batch", type=_Listed(int), default=[1], help="prompts at once: 1,4")
+    parser.add_argument("--new_tokens", type=_Listed(int), default=[1, 32], help="lengths of the answer: 1,32")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of every setting, in turns")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 ...; a GPU if there is one")
+    parser.add_argument("--dtype", type=str, default="auto", help="float32, bfloat16 or float16; auto: by device")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for bench.jsonl, bench.json and bench.md")
+    parser.add_argument("--dry_run", action=ActionYesNo, default=False, help="only what the sizes say; runs nothing")
+    _common(parser)
+
+
+def _eval_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, required=True, help="new folder; or that of a stopped run, to go on with it")
+    parser.add_argument("--model", type=str, default="tiny", help="shipped model, folder or Hugging Face id")
+    parser.add_argument(
+        "--methods", type=_Listed(str), default=[], help="zoprune,fastv; a stack: tome:0.5+zoprune; all if left out"
+    )
+    parser.add_argument("--keep", type=_Listed(float), default=[0.25], help="budgets: 0.5,0.25; all tokens always run")
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="JSONL, CSV or Parquet, or a dataset folder; else generated clips"
+    )
+    parser.add_argument("--split", type=str | None, default=None, help="of generated clips (test) or a dataset folder")
+    parser.add_argument("--limit", type=int | None, default=None, help="the first clips only; of generated ones 100")
+    parser.add_argument(
+        "--scores",
+        type=_Listed(str),
+        default=[],
+        help="exact,contains,anls,rouge-l,choice-letter,choice-likelihood; the first is the main one",
+    )
+    parser.add_argument("--choices", type=str, default="listed", help="listed in the prompt with letters, or hidden")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at once; changes no answer")
+    parser.add_argument("--policy", type=str | None, default=None, help="of cacovid: folder or hub id of a policy")
+    parser.add_argument(
+        "--options", type=dict[str, str | int | float | bool], default={}, help="of the methods: --options.step 0.1"
+    )
+    parser.add_argument("--positions", type=str, default="preserve", help="preserve or compact")
+    parser.add_argument("--seed", type=int, default=0, help="for methods that draw at random")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 ...; a GPU if there is one")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16")
+    _video(parser)
+    _common(parser)
+
+
 def _tiny_options(parser: ArgumentParser) -> None:
     from tokensieve.pipeline.tiny_recipe import STAGES, TinyRecipe
 
@@ -229,6 +302,8 @@ COMMANDS = {
     "answer": Command("answer a question about one or more clips", _answer_options, _lazy("answer")),
     "show": Command("draw what the model still looks at", _show_options, _lazy("show")),
     "methods": Command("list the compression methods", _methods_options, _lazy("methods")),
+    "eval": Command("compare methods: accuracy, tokens and time in one report", _eval_options, _lazy("evaluate")),
+    "bench": Command("measure time and memory with and without compression", _bench_options, _lazy("bench")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
     "train": Command("train a model", _train_options, partial(_dispatch, TRAINERS)),
 }

@@ -71,12 +71,12 @@ def test_contact_sheet_has_room_for_all():
 
 def test_of_a_tiled_image_only_the_view_of_the_whole_is_drawn():
     from tests.pipeline.tiny_processors import make_vlm, noise
-    from tokensieve.commands.show import _masks
+    from tokensieve.pipeline.picture import shown_masks
 
     vlm = make_vlm("internvl").compress("uniform", 0.5)
     prepared = vlm.prepare(noise(1, height=16, width=48), "what?")
     (item,) = prepared.items
     assert len(item.tokens.grids) > 2
-    (mask,) = _masks(prepared)
+    (mask,) = shown_masks([item], prepared.plans, 1)
     whole = item.tokens.crop[prepared.plans[0].kept] == 0
     assert mask.sum() == whole.sum()

@@ -9,8 +9,6 @@ import numpy as np
 from tokensieve.commands.output import load_compressed, print_json, read_options
 from tokensieve.errors import BadOption
 
-VIEWS = ("whole view", "high-resolution view")
-
 
 def run(options) -> int:
     for path in options.out:
@@ -46,15 +44,15 @@ def run(options) -> int:
 def draw(vlm, prepared, out: list[str], title: str = "") -> list[np.ndarray]:
     """Writes the pictures of the first prompt of a prepared batch; returns the rasters it drew, `[t, h, w]` bool."""
     from tokensieve.datasets import write_video
-    from tokensieve.pipeline.picture import captioned_frames, contact_sheet, seen_area
+    from tokensieve.pipeline.picture import VIEWS, captioned_frames, contact_sheet, seen_area, shown_masks
 
     clip = prepared.clips[0]
     frames = seen_area(clip.data, vlm.processor)
     tokens = prepared.visual_tokens(0)
     method = f" by {vlm.compression.name}" if vlm.compression else ""
     title = f"{title}{tokens['kept']} of {tokens['full']} visual tokens kept{method}"
-    # A video is one raster of many frames; an image has one or two that span it.
-    rasters = _masks(prepared)
+    mine = [(item, plan) for item, plan in zip(prepared.items, prepared.plans, strict=True) if item.row == 0]
+    rasters = shown_masks(*zip(*mine, strict=True), clip.num_frames)
     if clip.num_frames > 1:
         tiles = [captioned_frames(frames, rasters[0], labels=[f"{t:.2f} s" for t in clip.times_s])]
     else:
@@ -68,22 +66,3 @@ def draw(vlm, prepared, out: list[str], title: str = "") -> list[np.ndarray]:
             spacing_s = float(np.diff(clip.times_s).mean()) if clip.num_frames > 1 else 1.0
             write_video(path, tiles, fps=min(30.0, max(0.5, 1 / (spacing_s or 1.0))))
     return rasters
-
-
-def _masks(prepared) -> list[np.ndarray]:
-    from tokensieve.pipeline.picture import kept_masks
-
-    mine = [(i, p) for i, p in zip(prepared.items, prepared.plans, strict=True) if i.row == 0]
-    masks = [mask for item, plan in mine for mask in _whole_views(item, kept_masks(item, plan))]
-    clip = prepared.clips[0]
-    if clip.num_frames > 1 and len(mine) == clip.num_frames:  # frames that stayed separate images: their base views
-        masks = [np.concatenate([kept_masks(item, plan)[0] for item, plan in mine])]
-    return masks
-
-
-def _whole_views(item, masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Only rasters that span the whole picture can be drawn over it: of tiles, the view of the whole (crop 0)."""
-    if len(masks) <= len(VIEWS):
-        return masks
-    firsts = [0, *np.cumsum([mask.size for mask in masks])[:-1]]
-    return [mask for mask, first in zip(masks, firsts, strict=True) if item.tokens.crop[first] == 0]

@@ -12,6 +12,7 @@ import numpy as np
 from tokensieve.compression import Plan
 from tokensieve.pipeline.adapter import VisualItem
 
+VIEWS = ("whole view", "high-resolution view")  # of an image that some models look at twice
 DIM = 0.35  # brightness of dropped places
 _PAPER, _INK, _FADED = (250, 250, 248), (30, 30, 34), (120, 120, 126)
 _GAP, _CAPTION = 6, 22  # pixels between pictures, and below one
@@ -22,6 +23,24 @@ def kept_masks(item: VisualItem, plan: Plan) -> list[np.ndarray]:
     mask = plan.mask().cpu()
     blocks = mask.split([t * h * w for t, h, w in item.tokens.grids])
     return [block.view(grid).numpy() for block, grid in zip(blocks, item.tokens.grids, strict=True)]
+
+
+def shown_masks(items: Sequence[VisualItem], plans: Sequence[Plan], num_frames: int) -> list[np.ndarray]:
+    """`[t, h, w]` bool per raster that can be drawn over the frames of one prompt: those that span the whole picture.
+
+    A video is one raster of many frames. An image has one or two; of more, tiles, only the view of the whole (crop 0).
+    """
+    pairs = list(zip(items, plans, strict=True))
+    if num_frames > 1 and len(pairs) == num_frames:  # frames that stayed separate images: their base views
+        return [np.concatenate([kept_masks(item, plan)[0] for item, plan in pairs])]
+    return [mask for item, plan in pairs for mask in _whole_views(item, kept_masks(item, plan))]
+
+
+def _whole_views(item: VisualItem, masks: list[np.ndarray]) -> list[np.ndarray]:
+    if len(masks) <= len(VIEWS):
+        return masks
+    firsts = [0, *np.cumsum([mask.size for mask in masks])[:-1]]
+    return [mask for mask, first in zip(masks, firsts, strict=True) if item.tokens.crop[first] == 0]
 
 
 def seen_area(frames: np.ndarray, processor) -> np.ndarray:

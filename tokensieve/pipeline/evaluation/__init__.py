@@ -1,0 +1,1 @@
+"""Measuring answers: scores, their spread, and the run that makes them."""
