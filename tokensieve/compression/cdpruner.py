@@ -14,7 +14,7 @@ What differs from the official code (Theia-4869/CDPruner; written from the descr
 - min and max run over the item (one image or one video), not over the whole batch, so a picture is pruned alike in any
   company. Relevance that is equal up to rounding counts as 1 (there: divided by zero).
 - Once no token adds to the determinant (more tokens than dimensions, copies), the most relevant of the others are
-  taken. No N x N matrix above 8192 tokens. All in float32.
+  taken. No N x N matrix above 1024 tokens. All in float32.
 - Every frame of a video and every tile of an image is selected from alone, with an equal share of the budget, as in
   the official settings for video (so many tokens a frame).
 - Long questions: segments of 75 tokens between CLIP's start and end tokens (INFERRED: the card says 77 in all).
@@ -116,7 +116,7 @@ def scaled_relevance(relevance_N: Tensor, low: Tensor | None = None, high: Tenso
 def greedy_map(unit_ND: Tensor, relevance_N: Tensor, num_keep: int) -> Tensor:
     """`[K]` distinct indices in the order they are picked: each adds most to the determinant of the kernel.
 
-    Equal gains go to the lowest index. The loop never reads a value back to the host.
+    Equal gains go to the lowest index. The loop never reads a value back from a GPU.
 
     Args:
         unit_ND: float32 rows of length 1 (or 0: such a token adds nothing).
@@ -130,11 +130,11 @@ def greedy_map(unit_ND: Tensor, relevance_N: Tensor, num_keep: int) -> Tensor:
     order_K = torch.empty(num_keep, dtype=torch.int64, device=unit_ND.device)
     taken_N = torch.zeros(len(unit_ND), dtype=torch.bool, device=unit_ND.device)
     for i in range(num_keep):
-        value_N = torch.where(gain_N > EXHAUSTED * own_N, gain_N, -1 / own_N)
-        pick_1 = value_N.masked_fill(taken_N, -torch.inf).argmax(0, keepdim=True)
+        value_N = torch.where(gain_N > EXHAUSTED * own_N, gain_N, -1 / own_N).masked_fill(taken_N, -torch.inf)
+        pick_1 = value_N.argmax(0, keepdim=True)
         order_K[i : i + 1] = pick_1
         taken_N.index_fill_(0, pick_1, True)
-        kernel_N = relevance_N[pick_1] * relevance_N * (1 - distances_to(pick_1))
+        kernel_N = relevance_N[pick_1] * relevance_N * (1 - distances_to(pick_1, value_N))
         explained_N = c_KN[:i].index_select(1, pick_1)[:, 0] @ c_KN[:i]
         c_KN[i] = (kernel_N - explained_N) / torch.maximum(gain_N, EXHAUSTED * own_N)[pick_1].sqrt()
         gain_N = gain_N - c_KN[i].square()

@@ -20,6 +20,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tokensieve.compression.tower_stage import take_rows
+
 NUM_CENTERS = 4
 MAX_DROP_RATE = 1 / 3  # from here on nothing would be kept as it is
 
@@ -122,20 +124,18 @@ def condense(x_BPD: Tensor, score_BP: Tensor, split: Split, first_B: Tensor, *, 
 
     `first_B` is the first centre of every image, an index into its merge band of `split.merge` tokens.
     """
-    x_f32_BPD = x_BPD.float()
     order_BP = score_BP.argsort(dim=1, descending=True, stable=True)
     keep_BS, band_BM, rest_BF = order_BP.split([split.keep, split.merge, split.fuse], 1)
     rest_BF = rest_BF.sort(1).values
-    band_BMD = _gather(x_f32_BPD, band_BM)
+    sorted_BPD = take_rows(x_BPD, torch.cat([keep_BS, band_BM, rest_BF], 1))
+    kept_BSD, band_BMD, rest_BFD = sorted_BPD.split([split.keep, split.merge, split.fuse], 1)
+    band_BMD = band_BMD.float()
     with torch.no_grad():  # 1 / distance has no gradient at the centre
         center_BK = farthest_centers(band_BMD, first_B)
         cluster_BM, weight_BKM = merge_weights(band_BMD, center_BK)
-    parts = [_gather(x_f32_BPD, keep_BS), weight_BKM @ band_BMD]
+    parts = [kept_BSD, (weight_BKM @ band_BMD).to(x_BPD.dtype)]
     if fuse:
-        parts.append(score_BP.gather(1, rest_BF)[:, None] @ _gather(x_f32_BPD, rest_BF))
-    x = torch.cat(parts, 1).to(x_BPD.dtype)
+        fused_B1D = score_BP.gather(1, rest_BF)[:, None] @ rest_BFD.float()
+        parts.append(fused_B1D.to(x_BPD.dtype))
+    x = torch.cat(parts, 1)
     return Condensation(x=x, keep=keep_BS, band=band_BM, rest=rest_BF, centers=center_BK, cluster=cluster_BM)
-
-
-def _gather(x_BPD: Tensor, index_BS: Tensor) -> Tensor:
-    return x_BPD.gather(1, index_BS[..., None].expand(-1, -1, x_BPD.shape[-1]))

@@ -9,7 +9,7 @@ What differs from the official code (vbdi/divprune, CC BY-NC 4.0; written from t
 - The whole item at once: all frames of a video, all tiles of an image compete for one budget.
 - A picked token is never picked again (there: possible where all distances left are 0).
 - Distances below 1e-6 are rounding and count as 0, so copies tie and the lowest index wins.
-- No N x N matrix above 8192 tokens.
+- No N x N matrix above 1024 tokens.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tokensieve.compression.budget import num_to_keep
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage
+from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, take_rows
 from tokensieve.errors import BadOption
 
 
@@ -125,10 +125,10 @@ def keep_attended(
     others_Bm = order_BP[:, num_keep:]
     prefix_Bp = torch.arange(num_prefix, device=x.device).expand(batch, -1)
     anchor_BK = torch.cat([prefix_Bp, order_BP[:, :num_keep]], dim=1)
-    new_x, new_size = _rows(x, anchor_BK), size.gather(1, anchor_BK)
+    new_x, new_size = take_rows(x, anchor_BK), size.gather(1, anchor_BK)
     if fuse:
         weight_Bm1 = attention.gather(1, others_Bm)[..., None]
-        fused_B1D = (_rows(x, others_Bm).float() * weight_Bm1).sum(1, keepdim=True).to(x.dtype)
+        fused_B1D = (take_rows(x, others_Bm).float() * weight_Bm1).sum(1, keepdim=True).to(x.dtype)
         new_x = torch.cat([new_x, fused_B1D], dim=1)
         new_size = torch.cat([new_size, size.gather(1, others_Bm).sum(1, keepdim=True)], dim=1)
         anchor_BK = torch.cat([anchor_BK, others_Bm[:, :1]], dim=1)
@@ -136,10 +136,6 @@ def keep_attended(
     without = anchor_BK.shape[1] - 1 if fuse else -1
     target_BN = torch.full((batch, num_tokens), without, device=x.device).scatter(1, anchor_BK, new_place_BK)
     return Reduced(x=new_x, size=new_size, target=target_BN, anchor=anchor_BK)
-
-
-def _rows(x_BND: Tensor, index_BK: Tensor) -> Tensor:
-    return x_BND.gather(1, index_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
 def blocks_of_depth(num_blocks: int) -> list[int]:

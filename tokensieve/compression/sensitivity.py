@@ -25,9 +25,9 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from tokensieve.compression.tokens import Projector, TwoLayerMLP
 
-# Work is cut so that no tensor has more elements than this (64 MiB) or, when probing, than one projector
+# Work is cut so that no tensor has more elements than this (16 MiB) or, when probing, than one projector
 # pass has, whichever is larger; about six such tensors live at once.
-MAX_ELEMENTS = 2**24
+MAX_ELEMENTS = 2**22
 
 
 def draw_directions(num_directions: int, width: int, generator: torch.Generator) -> Tensor:

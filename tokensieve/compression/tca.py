@@ -148,7 +148,7 @@ class TCAStage(TowerStage):
 
     def _summary(self, x: Tensor) -> Tensor:
         if self.num_prefix:
-            return x[:, 0].detach()
+            return x[:, 0].detach().clone()  # not a view, which would hold all of x
         size_BN = x.new_ones(x.shape[:2], dtype=torch.float32) if self.size is None else self.size
         return (size_BN[..., None] * x.detach().float()).sum(1) / size_BN.sum(1, keepdim=True)
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tokensieve.compression.budget import num_to_keep
 from tokensieve.compression.maxmin import SAME
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage
+from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, take_rows
 from tokensieve.errors import BadOption
 
 
@@ -101,27 +101,30 @@ def merge_similar(x: Tensor, size: Tensor, metric: Tensor, r: int, num_prefix: i
     """
     batch, num_tokens = size.shape
     r = min(r, (num_tokens - num_prefix) // 2)
+    num_left = num_tokens - r
     distance_BA, best_BA = _nearest_in_other_set(metric, num_prefix)
-    order_BA = distance_BA.sort(dim=-1, stable=True).indices
-    merged_Br = order_BA[:, :r]
+    merged_Br, stays_Ba = distance_BA.sort(dim=-1, stable=True).indices.split([r, distance_BA.shape[1] - r], dim=1)
+    stays_Ba = stays_Ba.sort(dim=-1).values[:, (num_prefix + 1) // 2 :]  # prefix tokens are first: none of them merges
+    place_N = torch.arange(num_tokens, device=x.device).expand(batch, -1)
+    other_Bb = place_N[:, 1::2]
+    anchor_BK = torch.cat([place_N[:, :num_prefix], 2 * stays_Ba, other_Bb[:, num_prefix // 2 :]], dim=1)
 
-    is_merged_BN = torch.zeros(batch, num_tokens, dtype=torch.bool, device=x.device)
-    is_merged_BN.scatter_(1, 2 * merged_Br, True)
-    place_N = torch.arange(num_tokens, device=x.device)
-    rank_N = torch.where(place_N < num_prefix, 0, 1 + place_N % 2)  # prefix, then set A, then set B
-    rank_BN = rank_N.expand(batch, -1).masked_fill(is_merged_BN, 3)
-    anchor_BK = rank_BN.sort(dim=-1, stable=True).indices[:, : num_tokens - r]
+    into_Br = best_BA.gather(1, merged_Br)
+    place_Br = into_Br + (num_left - other_Bb.shape[1])  # the tokens of set B are last
+    from_Br, into_Br = 2 * merged_Br, 2 * into_Br + 1
+    target_BN = torch.empty_like(place_N).scatter_(1, anchor_BK, place_N[:, :num_left]).scatter_(1, from_Br, place_Br)
 
-    new_place_K = torch.arange(num_tokens - r, device=x.device).expand(batch, -1)
-    target_BN = torch.zeros(batch, num_tokens, dtype=torch.long, device=x.device).scatter_(1, anchor_BK, new_place_K)
-    into_Br = 2 * best_BA.gather(1, merged_Br) + 1
-    target_BN.scatter_(1, 2 * merged_Br, target_BN.gather(1, into_Br))
-
-    weighted_BND = torch.cat([x.float() * size[..., None], size[..., None]], dim=-1)
-    sums_BKD = _sum_by_target(weighted_BND, target_BN, num_tokens - r)
-    new_size_BK1 = sums_BKD[..., -1:]
-    merged_BKD = (sums_BKD[..., :-1] / new_size_BK1).to(x.dtype)
-    return Reduced(x=merged_BKD, size=new_size_BK1[..., 0], target=target_BN, anchor=anchor_BK)
+    from_size_Br = size.gather(1, from_Br)
+    new_size_BK = size.gather(1, anchor_BK).scatter_add_(1, place_Br, from_size_Br)
+    with torch.autocast(x.device.type, enabled=False):
+        meets_Brr = place_Br[:, :, None] == place_Br[:, None]
+        into_BrD = take_rows(x, into_Br).float() * size.gather(1, into_Br)[..., None]
+        sum_BrD = into_BrD + (meets_Brr * from_size_Br[:, None]) @ take_rows(x, from_Br).float()
+        mean_BrD = (sum_BrD / new_size_BK.gather(1, place_Br)[..., None]).to(x.dtype)
+    first_Br = (meets_Brr.cumsum(-1) == 0).sum(-1)  # where several merge, the first of their (equal) means is taken
+    row_BK = anchor_BK.scatter(1, place_Br, num_tokens + first_Br)
+    new_x_BKD = take_rows(torch.cat([x, mean_BrD], 1), row_BK)
+    return Reduced(x=new_x_BKD, size=new_size_BK, target=target_BN, anchor=anchor_BK)
 
 
 def _nearest_in_other_set(metric: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
@@ -134,16 +137,6 @@ def _nearest_in_other_set(metric: Tensor, num_prefix: int) -> tuple[Tensor, Tens
         distance_BAb[:, :, : num_prefix // 2] = torch.inf
         best_BA = distance_BAb.argmin(-1)
         return distance_BAb.gather(-1, best_BA[..., None])[..., 0], best_BA
-
-
-def _sum_by_target(values_BND: Tensor, target_BN: Tensor, num_targets: int) -> Tensor:
-    """`[B, K, D]` sums of the rows with equal target; repeatable on GPUs, unlike a scattered sum."""
-    batch = len(target_BN)
-    flat = (target_BN + num_targets * torch.arange(batch, device=target_BN.device)[:, None]).flatten()
-    order = flat.sort(stable=True).indices
-    lengths = flat.new_zeros(batch * num_targets).scatter_add_(0, flat, torch.ones_like(flat))
-    sums = torch.segment_reduce(values_BND.flatten(0, 1)[order], "sum", lengths=lengths, axis=0)
-    return sums.view(batch, num_targets, -1)
 
 
 def merges_for_budget(num_patches: int, num_keep: int, num_blocks: int) -> list[int]:

@@ -31,7 +31,7 @@ from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.pipeline.towers.trace import TowerTrace
 
-MAX_CHUNK_BYTES = 2**26  # attention of all heads for the queries of one chunk
+MAX_CHUNK_BYTES = 2**23  # attention of all heads for the queries of one chunk; larger ones leave the CPU's cache
 
 
 class TowerBlock:
@@ -262,7 +262,7 @@ class TowerHandle:
                 paid = class_attention if self._tower.has_class_token else received_attention
                 heads = paid(query, key, block.scale, bias)[..., num_extra:]
             if "keys" in stage.needs:
-                keys = key[:, :, num_extra:].detach().float().mean(1)
+                keys = key[:, :, num_extra:].detach().mean(1, dtype=torch.float32)
             view = BlockView(
                 index=index,
                 num_blocks=self.num_blocks,
@@ -304,7 +304,9 @@ class _BlockForward:
 
 def class_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """`[B, H, keys]` float32: attention of query 0 to all keys."""
-    return _probabilities(query[:, :, :1], key, scale, bias)[:, :, 0]
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query[:, :, :1].float() * key).sum(-1, dtype=torch.float32) * scale  # a matmul would copy the keys
+        return (logits if bias is None else logits + bias[:, 0]).softmax(-1)
 
 
 @torch.no_grad()
@@ -312,14 +314,13 @@ def received_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | 
     """`[B, H, keys]` float32: attention that every key receives, mean over queries, in chunks of queries."""
     batch, heads, num_queries = query.shape[:3]
     rows = max(1, MAX_CHUNK_BYTES // (4 * batch * heads * key.shape[2]))
-    chunks = (_probabilities(part, key, scale, bias).sum(2) for part in query.split(rows, dim=2))
-    return sum(chunks) / num_queries
-
-
-def _probabilities(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    total_BHN = 0
     with torch.autocast(query.device.type, enabled=False):
-        logits = query.float() @ key.float().transpose(-1, -2) * scale
-        return (logits if bias is None else logits + bias).softmax(-1)
+        key_BHdN = key.float().transpose(-1, -2)
+        for part in (query.float() * scale).split(rows, dim=2):
+            logits = part @ key_BHdN
+            total_BHN = total_BHN + (logits if bias is None else logits + bias).softmax(-1).sum(2)
+    return total_BHN / num_queries
 
 
 def replace_method(module: nn.Module, name: str, method: Callable) -> Callable[[], None]:
