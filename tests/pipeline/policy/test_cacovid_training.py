@@ -57,7 +57,7 @@ def rewards(monkeypatch):
 def planted(module):
     """The module with planted videos in place of clips: one a question."""
     module.samples = lambda clips: [
-        planted_sample(clip.source[1] * 10 + q) for clip in clips for q in range(len(clip.questions))
+        planted_sample(clip.source.source[1] * 10 + q) for clip in clips for q in range(len(clip.questions))
     ]
     return module
 
