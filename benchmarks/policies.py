@@ -164,7 +164,7 @@ def draw(out: str) -> None:
     from matplotlib import pyplot
 
     # Okabe and Ito's palette, told apart with colour-blind eyes.
-    colours = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999"]
+    colours = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, keep in zip(axes, (0.1, 0.05), strict=True):
         for colour, (name, (label, _)) in zip(colours, SETUPS.items(), strict=True):
