@@ -11,7 +11,6 @@ Methods come from the registry. `--smoke` runs tiny sizes to see that everything
 from __future__ import annotations
 
 import argparse
-import ctypes
 import platform
 import statistics
 import time
@@ -43,6 +42,8 @@ from tokensieve.compression.decoder_stage import DecoderTokens, Raster
 from tokensieve.compression.tokens import identity
 from tokensieve.compression.tower_stage import BlockView
 from tokensieve.errors import TokensieveError
+from tokensieve.pipeline.bench.phases import Stopwatch
+from tokensieve.pipeline.machine import processor_name
 
 NUM_TEXT = 20  # tokens of the question
 NOTES = """
@@ -321,22 +322,11 @@ def seconds(way: Callable, device: str) -> float:
 
 def extra_bytes(way: Callable, device: str) -> tuple[object, int | None]:
     """What `way` returns, and the peak memory of the call above what was in use before; None where not known."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return way(), torch.cuda.max_memory_allocated() - before
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
-        return way(), None
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be used again unseen
-    marks.write_text("5")  # the high-water mark starts anew
-    before = status_bytes("VmRSS")
-    return way(), max(0, status_bytes("VmHWM") - before)
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    watch = Stopwatch(torch.device(device))
+    before = watch.in_use()
+    watch.start()
+    result, peak = way(), watch.lap().peak_bytes
+    return result, None if peak is None else max(0, peak - before)
 
 
 @torch.no_grad()
@@ -383,10 +373,7 @@ def row(name: str, place: str, kept: int, times: list[float], layer: list[float]
 def machine(device: str, threads: int) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {threads} thread(s)"
+    return f"{processor_name()}, {threads} thread(s)"
 
 
 def main() -> None:

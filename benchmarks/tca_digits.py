@@ -30,6 +30,7 @@ from transformers import CLIPConfig, CLIPModel
 import tokensieve as ts
 from tokensieve.datasets.digits import digit_ids, glyphs
 from tokensieve.pipeline.adaptation import TCAStream
+from tokensieve.pipeline.machine import processor_name
 from tokensieve.pipeline.optim import muon_adamw, warm_up_then_cosine
 from tokensieve.pipeline.towers import compress_tower, tower_macs
 
@@ -246,13 +247,6 @@ def evaluate(model: CLIPModel, num_orders: int) -> tuple[dict[str, dict[str, lis
 # --- report
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def cell(values: list[float]) -> str:
     low, mean, high = min(values), statistics.mean(values), max(values)
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({low:.1f} to {high:.1f})"
@@ -261,8 +255,8 @@ def cell(values: list[float]) -> str:
 def report(score: dict[str, dict[str, list[float]]], cost: dict[str, int], num_orders: int, steps: int) -> str:
     dense = cost["CLIP, dense"]
     lines = [
-        f"{HEAD}{cpu_name()}, {torch.get_num_threads()} thread(s), float32, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, tokensieve {ts.__version__}. One model "
+        f"{HEAD}{processor_name()}, {torch.get_num_threads()} thread(s), float32, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, tokensieve {ts.__version__}. One model "
         f"({steps} training steps, seed 0), 360 test images per stream, {num_orders} orders of every stream: mean "
         "(lowest to highest), top-1 in %. Methods without a range do not depend on the order.",
         "",

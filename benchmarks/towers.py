@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import tokensieve as ts
+from tokensieve.pipeline.machine import processor_name
 from tokensieve.pipeline.towers import compress_tower, tower_macs
 
 METHODS = tuple(method.name for method in ts.list_methods() if method.place == "tower")
@@ -180,13 +181,6 @@ def table(title: str, ways: list[Way]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="times each way is run, after a first call")
@@ -203,7 +197,7 @@ def main() -> None:
     size = SMOKE if options.smoke else BASE
     wanted = options.towers.split(",")
     parts = [
-        f"Machine: {cpu_name()}, {options.threads} thread(s); Python {platform.python_version()}, torch "
+        f"Machine: {processor_name()}, {options.threads} thread(s); Python {platform.python_version()}, torch "
         f"{torch.__version__}, timm {timm.__version__}, open_clip {open_clip.__version__}, transformers "
         f"{transformers.__version__}, tokensieve {ts.__version__}; {size.side} x {size.side} pixels, batch "
         f"{options.batch}; median of {options.repeats} interleaved repeats after a first call.",

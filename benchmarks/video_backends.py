@@ -24,6 +24,7 @@ import numpy as np
 
 from tokensieve.datasets import decode_client, read_video, write_video
 from tokensieve.errors import MissingBackend
+from tokensieve.pipeline.machine import processor_name
 
 
 def main() -> None:
@@ -124,17 +125,9 @@ def _print(rows: dict, candidates: list, repeats: int) -> None:
         if importlib.util.find_spec(package)
     )
     print(
-        f"\n{_processor()}, {os.cpu_count()} processors, {platform.system()}, "
+        f"\n{processor_name()}, {os.cpu_count()} processors, {platform.system()}, "
         f"Python {platform.python_version()}; {versions}."
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from torch import nn
 from tokensieve.compression import Projector, TwoLayerMLP, VisualTokens, get_method, in_dtype_of_input
 from tokensieve.compression.sensitivity import _GAIN_MATRICES
 from tokensieve.compression.zoprune import sensitivity
+from tokensieve.pipeline.machine import processor_name
 
 NUM_KEEP = 128
 
@@ -65,16 +65,6 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="times each way is run")
@@ -101,7 +91,7 @@ def main() -> None:
             seconds[label].append(timed(method, tokens, options, forget))
 
     print(
-        f"{cpu_name()}, {args.threads} thread(s); Python {platform.python_version()}, torch {torch.__version__}; "
+        f"{processor_name()}, {args.threads} thread(s); Python {platform.python_version()}, torch {torch.__version__}; "
         f"float32, {args.tokens} tokens, {args.width_in} -> {args.width_out} -> {args.width_out}, 64 directions, "
         f"{NUM_KEEP} kept; median of {args.repeats} interleaved repeats.\n"
     )

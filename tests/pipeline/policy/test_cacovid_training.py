@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.pipeline.policy.training import _few_questions, fit, make_module, weights  # noqa: F401
+from tests.pipeline.policy.training import _few_questions, fit, judged_by, make_module, weights  # noqa: F401
 from tokensieve.compression import VisualTokens
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.policy import cacovid
@@ -40,18 +40,7 @@ def found(_, sample, mask_GN, *__):
 
 @pytest.fixture
 def rewards(monkeypatch):
-    """Sets the function that judges; returns the list of what it was asked about."""
-    asked = []
-
-    def use(judge):
-        def subset_rewards(scorer, sample, mask_GN, kind):
-            asked.append(mask_GN)
-            return judge(scorer, sample, mask_GN, kind)
-
-        monkeypatch.setattr(cacovid, "subset_rewards", subset_rewards)
-        return asked
-
-    return use
+    return judged_by(monkeypatch, cacovid)
 
 
 def planted(module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pipeline.policy.test_cacovid_training import FRAMES, PLACES, found, moved, planted, planted_sample, sgd
-from tests.pipeline.policy.training import _few_questions, fit, make_module, weights  # noqa: F401
+from tests.pipeline.policy.training import _few_questions, fit, judged_by, make_module, weights  # noqa: F401
 from tokensieve.compression import get_method
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.policy import ranking
@@ -20,18 +20,7 @@ def make(**options):
 
 @pytest.fixture
 def rewards(monkeypatch):
-    """Sets the function that judges; returns the list of what it was asked about."""
-    asked = []
-
-    def use(judge):
-        def subset_rewards(scorer, sample, mask_GN, kind):
-            asked.append(mask_GN)
-            return judge(scorer, sample, mask_GN, kind)
-
-        monkeypatch.setattr(ranking, "subset_rewards", subset_rewards)
-        return asked
-
-    return use
+    return judged_by(monkeypatch, ranking)
 
 
 def test_the_loss_by_hand():

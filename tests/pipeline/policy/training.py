@@ -59,3 +59,18 @@ def fit(module, max_steps: int, *, data: PolicyData | None = None, out: Path | N
 
 def weights(module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.policy.state_dict().items()}
+
+
+def judged_by(monkeypatch, trainer):
+    """A function that sets who judges in a trainer's file; it returns the list of what was asked."""
+    asked = []
+
+    def use(judge):
+        def subset_rewards(scorer, sample, mask_GN, kind):
+            asked.append(mask_GN)
+            return judge(scorer, sample, mask_GN, kind)
+
+        monkeypatch.setattr(trainer, "subset_rewards", subset_rewards)
+        return asked
+
+    return use

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokensieve.pipeline.bench.flops import cache_bytes, encoder_flops, prefill_flops
 from tokensieve.pipeline.bench.presets import encoder_sizes, language_sizes
 from tokensieve.pipeline.bench.summary import PHASES
 from tokensieve.pipeline.bench.workload import TEXT_TOKENS, num_pictures, num_visual, side_of
+from tokensieve.pipeline.machine import processor_name
 
 NOTES = """
 - read: the clip (H.264, one keyframe in at most 250 frames) is decoded and made pixel tensors. encode: vision tower
@@ -194,11 +194,8 @@ def machine(device) -> dict[str, object]:
 
     from tokensieve import __version__
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -141,9 +141,7 @@ class _CloseCalls(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
         best_B2 = scores_BV.topk(2).values
-        largest_B = (
-            scores_BV.masked_fill(scores_BV.isinf(), 0).abs().amax(-1)
-        )  # suppressed tokens are at minus infinity
+        largest_B = scores_BV.masked_fill(scores_BV.isinf(), 0).abs().amax(-1)  # suppressed tokens are at -inf
         margin_B = best_B2[:, 0] - best_B2[:, 1]
         self.steps.append((~(margin_B > 2 * self.rounding * largest_B)).tolist())  # NaN is close, too
         return scores_BV

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 
 from tokensieve.pipeline.evaluation.statistics import mean_interval, paired_difference
+from tokensieve.pipeline.machine import processor_name
 
 Rows = Mapping[str, list]
 
@@ -65,10 +64,7 @@ def summarise_timings(timings: pa.Table, answers: pa.Table, device: str = "cpu")
 
 def machine(device: str) -> str:
     """The processor, threads or GPU, and the versions that times depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    processor = processor_name()
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return f"{gpu}{processor}, {os.cpu_count()} CPUs, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokensieve.compression.budget import check_keep
 from tokensieve.errors import BadOption, UnsupportedModel
+from tokensieve.pipeline.policy.budgets import Budgets
 from tokensieve.pipeline.policy.judging import divergence
 from tokensieve.pipeline.policy.module import PolicyModule
 from tokensieve.pipeline.policy.samples import Sample, with_answer
@@ -94,8 +94,6 @@ class DistilModule(PolicyModule):
         self.save_hyperparameters()
         if divergence not in ("forward", "reverse", "jsd"):
             raise BadOption(f"divergence must be 'forward', 'reverse' or 'jsd', got {divergence!r}.")
-        if not 0 < check_keep(min_keep) <= check_keep(max_keep) < 1:
-            raise BadOption(f"Shares must be 0 < min_keep <= max_keep < 1, got {min_keep} and {max_keep}.")
         if not 0 < last_heat <= first_heat or noise < 0:
             raise BadOption(f"Need 0 < last_heat <= first_heat and noise >= 0, got {last_heat}, {first_heat}, {noise}.")
         if not isinstance(self.policy, LightScorer):
@@ -106,7 +104,7 @@ class DistilModule(PolicyModule):
         if not self.judge.vlm.adapter.family.causal_visual or "sliding_attention" in layers:
             raise UnsupportedModel("Distillation fades tokens in a plain causal mask, and this model has another mask.")
         self.kind, self.noise = divergence, noise
-        self.keeps, self.heats = (min_keep, max_keep), (first_heat, last_heat)
+        self.budgets, self.heats = Budgets(min_keep, max_keep), (first_heat, last_heat)
 
     def learn(self, parts: Sequence[Sequence[Sample]], draws: Sequence[Sequence[torch.Generator]]) -> None:
         heat, num_samples = self._heat(), sum(map(len, parts))
@@ -131,8 +129,7 @@ class DistilModule(PolicyModule):
     def _stays(self, token_logits: Tensor, heat: float, generator: torch.Generator) -> Tensor:
         """`[N]`: a noisy soft choice at a budget of its own."""
         score_N = token_logits.diff(dim=-1)[:, 0]
-        low, high = (math.log(keep) for keep in self.keeps)
-        keep = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        keep = self.budgets.draw(generator)
         uniform_N = torch.rand(len(score_N), generator=generator).clamp(1e-6, 1 - 1e-6).to(score_N)
         gumbel_N = -(-uniform_N.log()).log()
         noisy_1N = (score_N + self.noise * gumbel_N)[None]

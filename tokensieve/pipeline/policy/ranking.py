@@ -17,15 +17,14 @@ Welling, "Stochastic Beams and Where to Find Them", https://arxiv.org/abs/1903.0
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokensieve.compression.budget import check_keep
 from tokensieve.compression.systematic import systematic_subset
 from tokensieve.errors import BadOption
+from tokensieve.pipeline.policy.budgets import Budgets
 from tokensieve.pipeline.policy.judging import check_reward, subset_rewards
 from tokensieve.pipeline.policy.module import PolicyModule
 from tokensieve.pipeline.policy.samples import Sample
@@ -65,14 +64,12 @@ class RankingModule(PolicyModule):
         check_reward(reward)
         if subsets < 2:
             raise BadOption(f"subsets must be at least 2, got {subsets}.")
-        if not 0 < check_keep(min_keep) <= check_keep(max_keep) < 1:
-            raise BadOption(f"Shares must be 0 < min_keep <= max_keep < 1, got {min_keep} and {max_keep}.")
         if objective.kl_weight:
             raise BadOption("Ranking has no reference to stay near.", hint="Leave objective.kl_weight at 0.")
         if not isinstance(self.policy, LightScorer):
             raise BadOption("Ranking trains no frame head, and this scorer has one.", hint="Use scorer='light'.")
         self.reward, self.objective, self.num_subsets = reward, objective, subsets
-        self.keeps = (min_keep, max_keep)
+        self.budgets = Budgets(min_keep, max_keep)
 
     def learn(self, parts: Sequence[Sequence[Sample]], draws: Sequence[Sequence[torch.Generator]]) -> None:
         rewards: list[Tensor] = []
@@ -101,8 +98,7 @@ class RankingModule(PolicyModule):
         return losses
 
     def _draw(self, token_logits: Tensor, generator: torch.Generator) -> Subsets:
-        low, high = (math.log(keep) for keep in self.keeps)
-        keep = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        keep = self.budgets.draw(generator)
         return gumbel_subsets(token_logits, 1, keep, self.num_subsets, generator=generator, greedy_first=False)
 
 
