@@ -40,14 +40,12 @@ DISTIL = (
     "distil --data.clips 800 --data.batch 4 --model.lr 0.003 --model.first_heat 0.3 --model.last_heat 0.1 "
     "--model.min_keep 0.02 --model.max_keep 0.1 --max_steps 1500"
 )
-BLIND = " --model.question_aware false"
 SETUPS = {
     "distil": ("light scorer, distilled (no labels)", DISTIL),
-    "distil-blind": ("light scorer, distilled, question-blind", DISTIL + BLIND),
     "rank": ("light scorer, ranking", RANK),
-    "rank-blind": ("light scorer, ranking, question-blind", RANK + BLIND),
     "cacovid": ("CaCoVID scorer, bidirectional", CACOVID),
     "cacovid-causal": ("CaCoVID scorer, causal: question-blind", CACOVID + " --model.attention causal"),
+    "distil-blind": ("light scorer, distilled, question-blind", DISTIL + " --model.question_aware false"),
 }
 SEEDS = (0, 1, 2)
 KEEPS = (0.25, 0.1, 0.05)
@@ -78,7 +76,7 @@ def train(jobs: int) -> None:
         print(f"{out}: {time.perf_counter() - start:.0f} s", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(run, name, words, seed) for seed in SEEDS for name, (_, words) in SETUPS.items()]
+        waiting = [pool.submit(run, name, words, seed) for name, (_, words) in SETUPS.items() for seed in SEEDS]
         for job in waiting:
             job.result()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokensieve.compression import Merge, Plan, apply_plan, merge_plan, plan
+from tokensieve.compression import Merge, Plan, apply_plan, merge_plan
 
 
 def random_merge(num_tokens=30, num_kept=7, seed=0):
@@ -34,9 +34,7 @@ def test_a_plan_from_entries_in_any_order_is_that_of_their_matrix():
 
 
 @pytest.mark.parametrize("shape", [(30,), (30, 5), (30, 2, 3)])
-@pytest.mark.parametrize("max_entries", [1, 200, 1 << 25])
-def test_a_merge_is_a_matrix_product(shape, max_entries, monkeypatch):
-    monkeypatch.setattr(plan, "MAX_ENTRIES", max_entries)
+def test_a_merge_is_a_matrix_product(shape):
     kept, weights = random_merge()
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
     merged = apply_plan(from_matrix(kept, weights), values)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-MAX_ENTRIES = 1 << 25  # numbers that a merge holds at a time beside its result (128 MiB)
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +45,15 @@ class Merge:
         num_kept = int(self.target[-1]) + 1
         lengths = torch.bincount(self.target, minlength=num_kept).to(values.device)
         flat = values.flatten(1) if values.ndim > 1 else values[:, None]
-        source, weight = self.source.to(values.device), self.weight.to(values.device)[:, None]
-        merged = [
-            # Repeatable on GPUs, unlike index_add.
-            torch.segment_reduce(columns.float()[source] * weight, "sum", lengths=lengths, axis=0)
-            for columns in flat.split(max(1, MAX_ENTRIES // len(source)), dim=1)
-        ]
-        return torch.cat(merged, dim=1).view(num_kept, *values.shape[1:]).to(values.dtype)
+        # Sums as it gathers, so nothing of E rows is ever held; repeatable on GPUs, unlike index_add.
+        merged = F.embedding_bag(
+            self.source.to(values.device),
+            flat.float(),
+            lengths.cumsum(0) - lengths,
+            mode="sum",
+            per_sample_weights=self.weight.to(values.device),
+        )
+        return merged.view(num_kept, *values.shape[1:]).to(values.dtype)
 
 
 @dataclass(frozen=True, eq=False)
