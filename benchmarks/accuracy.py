@@ -1,6 +1,6 @@
 """Exact match of the shipped model on generated clips, for every method and budget, with blind baselines.
 
-    python benchmarks/accuracy.py --clips 400 --out docs/benchmarks/accuracy.md --page docs/methods.md
+    python benchmarks/accuracy.py --clips 400 --out docs/benchmarks/accuracy.md --page docs/results.md
 
 Every clip is encoded once; each method then selects from the same visual tokens and the model generates its
 answer greedily. Methods in the vision tower encode anew. Intervals are 95 % Wilson intervals over questions.
@@ -26,7 +26,7 @@ from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
 from tokensieve.policies.checkpoint import load_policy
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
-PAGE_KEEPS = (0.25, 0.1, 0.05)  # of the short table in docs/methods.md
+PAGE_KEEPS = (0.25, 0.1, 0.05)  # of the short table in docs/results.md
 PAGE_MARKS = ("<!-- accuracy: written by benchmarks/accuracy.py -->", "<!-- end of accuracy -->")
 BATCH = 32  # clips
 NUM_GUESSED = 4000  # clips for the baselines that need no model
