@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def train(jobs: int) -> None:
         out = FOLDER / f"{name}-{seed}"
         if (out / "policy").exists():
             return
+        shutil.rmtree(out, ignore_errors=True)  # one that was cut off starts anew, so that its time can be told
         out.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         command = [sys.executable, "-c", "import sys; from tokensieve.cli import main; sys.exit(main())", "train"]

@@ -127,7 +127,12 @@ def _method(parser: ArgumentParser, default: str | None) -> None:
         "--method", type=str | None, default=default, help="see `tokensieve methods`; a stack: tome,zoprune; none: all"
     )
     parser.add_argument("--policy", type=str | None, default=None, help="of cacovid: folder or hub id of a policy")
-    parser.add_argument("--keep", type=_budgets, default=0.25, help="share (0.25) or number (64) of tokens per clip")
+    parser.add_argument(
+        "--keep",
+        type=_budgets,
+        default=None,
+        help="share (0.25) or number (64) of tokens per clip; 0.25 by default, of an exported model its own",
+    )
     parser.add_argument(
         "--options", type=dict[str, str | int | float | bool], default={}, help="of the method: --options.step 0.1"
     )
@@ -168,6 +173,20 @@ def _answer_options(parser: ArgumentParser) -> None:
     _model(parser)
     _video(parser)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    _common(parser)
+
+
+def _export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, required=True, help="new folder for the graphs")
+    _model(parser)
+    parser.add_argument(
+        "--tower",
+        type=str | None,
+        default=None,
+        help="a CLIP-like model instead: timm:NAME, transformers:ID or open_clip:ARCHITECTURE/WEIGHTS",
+    )
+    parser.add_argument("--precision", type=str, default="fp32", help="fp32, fp16 or int8 (weights)")
+    parser.add_argument("--verify", action=ActionYesNo, default=True, help="compare every graph with PyTorch")
     _common(parser)
 
 
@@ -304,6 +323,7 @@ COMMANDS = {
     "methods": Command("list the compression methods", _methods_options, _lazy("methods")),
     "eval": Command("compare methods: accuracy, tokens and time in one report", _eval_options, _lazy("evaluate")),
     "bench": Command("measure time and memory with and without compression", _bench_options, _lazy("bench")),
+    "export": Command("write a compressed model as ONNX graphs", _export_options, _lazy("export")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
     "train": Command("train a model", _train_options, partial(_dispatch, TRAINERS)),
 }

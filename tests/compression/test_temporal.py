@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from tests.compression.helpers import plain, random_inputs
+from tokensieve.budget import even_shares
 from tokensieve.compression import apply_plan, merge_plan
-from tokensieve.compression.temporal import (
-    even_shares,
-    frames_of,
-    proportional_shares,
-    still_places,
-)
+from tokensieve.compression.temporal import frames_of, proportional_shares, still_places
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 
-from tokensieve.commands.output import error_object, load_compressed, print_json, read_options
+from tokensieve.commands.output import error_object, load_answering, print_json, read_options
 from tokensieve.errors import MediaError
 
 
 def run(options) -> int:
     """Answers clip by clip; one that cannot be read is reported and the others go on."""
-    vlm = load_compressed(options)
+    vlm, budget = load_answering(options)
     code = 0
     for clip in options.clip:
         try:
             answer = vlm.answer(
-                clip, options.question, max_new_tokens=options.max_new_tokens, read_options=read_options(options)
+                clip,
+                options.question,
+                max_new_tokens=options.max_new_tokens,
+                read_options=read_options(options),
+                **budget,
             )
         except MediaError as error:
             code = error.exit_code

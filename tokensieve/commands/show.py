@@ -30,7 +30,7 @@ def run(options) -> int:
                 "seconds": prepared.seconds,
                 "model": vlm.name,
                 "method": options.method,
-                "keep": options.keep,
+                "keep": vlm.compression.keep if vlm.compression else 1.0,
                 "notes": list(prepared.clips[0].notes),
             }
         )

@@ -108,9 +108,8 @@ def cacovid(
         )
     token_logits_N2, frame_logits_T2 = policy(tokens)
     _check_logits("token", token_logits_N2, len(tokens))
+    check_shares(importance, frame_cap, has_frame_logits=frame_logits_T2 is not None)
     if frame_logits_T2 is None:
-        if importance is not None or frame_cap is not None:
-            raise BadOption("importance and frame_cap share a budget over frames, and this policy has no frame logits.")
         kept = systematic_subset(token_logits_N2.float().diff(dim=1)[:, 0], num_keep)
         return Plan(kept.to(tokens.features.device), len(tokens))
     _check_logits("frame", frame_logits_T2, tokens.grids[0][0] if len(tokens.grids) == 1 else 1)
@@ -140,9 +139,7 @@ def select_by_policy(
     Raises:
         BadOption: an option is out of range.
     """
-    _check_share("importance", importance, most=1)
-    if frame_cap is not None:
-        _check_share("frame_cap", frame_cap, most=math.inf)
+    check_shares(importance, frame_cap)
     if isinstance(keep, Fraction):
         importance = Fraction(float(importance))
     num_frames, num_places = len(frame_logits_T2), len(token_logits_N2) // len(frame_logits_T2)
@@ -177,6 +174,16 @@ def frame_quotas(
     while sum(quotas) < math.floor(total):
         quotas[quotas.index(min(quotas))] += 1
     return quotas
+
+
+def check_shares(importance: float | None, frame_cap: float | None, has_frame_logits: bool = True) -> None:
+    """Raises BadOption unless the options of `cacovid` with these names are None or in range, and of use."""
+    if not has_frame_logits and (importance is not None or frame_cap is not None):
+        raise BadOption("importance and frame_cap share a budget over frames, and this policy has no frame logits.")
+    if importance is not None:
+        _check_share("importance", importance, most=1)
+    if frame_cap is not None:
+        _check_share("frame_cap", frame_cap, most=math.inf)
 
 
 def _check_logits(name: str, logits: Tensor, count: int) -> None:

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tokensieve.compression.tower_stage import take_rows
+from tokensieve.compression.tower_stage import stable_order, take_rows
 
 NUM_CENTERS = 4
 MAX_DROP_RATE = 1 / 3  # from here on nothing would be kept as it is
@@ -67,7 +67,7 @@ def drop_rate_for(num_patches: int, num_keep: int, *, num_steps: int = 3, fuse: 
 
 def rank_score(attention_BHP: Tensor) -> Tensor:
     """`[B, P]`: mean over heads of each patch's rank in that head, 0 for the lowest; of equals the first is higher."""
-    lowest_first_BHP = attention_BHP.flip(-1).argsort(dim=-1, stable=True)
+    lowest_first_BHP = stable_order(attention_BHP.flip(-1))
     return lowest_first_BHP.argsort(dim=-1).flip(-1).float().mean(1)
 
 
@@ -124,7 +124,7 @@ def condense(x_BPD: Tensor, score_BP: Tensor, split: Split, first_B: Tensor, *, 
 
     `first_B` is the first centre of every image, an index into its merge band of `split.merge` tokens.
     """
-    order_BP = score_BP.argsort(dim=1, descending=True, stable=True)
+    order_BP = stable_order(score_BP, descending=True)
     keep_BS, band_BM, rest_BF = order_BP.split([split.keep, split.merge, split.fuse], 1)
     rest_BF = rest_BF.sort(1).values
     sorted_BPD = take_rows(x_BPD, torch.cat([keep_BS, band_BM, rest_BF], 1))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tokensieve.compression.budget import num_to_keep
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, take_rows
+from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, stable_order, take_rows
 from tokensieve.errors import BadOption
 
 
@@ -121,7 +121,7 @@ def keep_attended(
         fuse: add the fused token.
     """
     batch, num_tokens = size.shape
-    order_BP = num_prefix + attention[:, num_prefix:].sort(dim=-1, descending=True, stable=True).indices
+    order_BP = num_prefix + stable_order(attention[:, num_prefix:], descending=True)
     others_Bm = order_BP[:, num_keep:]
     prefix_Bp = torch.arange(num_prefix, device=x.device).expand(batch, -1)
     anchor_BK = torch.cat([prefix_Bp, order_BP[:, :num_keep]], dim=1)

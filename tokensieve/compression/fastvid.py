@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokensieve.budget import even_shares, share_budget
 from tokensieve.compression.density_peaks import peak_order
 from tokensieve.compression.maxmin import unit_rows
 from tokensieve.compression.plan import Plan, merge_plan
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.score_diversity import share_budget
 from tokensieve.compression.sink_guard import set_aside, sinks_to_guard
-from tokensieve.compression.temporal import even_shares, frames_of
+from tokensieve.compression.temporal import frames_of
 from tokensieve.compression.tokens import VisualTokens
 from tokensieve.errors import BadOption
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokensieve.budget import share_budget
 from tokensieve.compression.maxmin import greedy_max_min, unit_rows
 from tokensieve.compression.plan import Plan
 from tokensieve.compression.tokens import VisualTokens
@@ -33,27 +34,6 @@ def score_diversity_order(features_ND: Tensor, score_N: Tensor, num_keep: int) -
     """`[K]` token indices in the order they are picked."""
     relative_N = relative_score(score_N.float())
     return greedy_max_min(unit_rows(features_ND), num_keep, relative_N.argmax(0, keepdim=True), relative_N)
-
-
-def share_budget(counts: list[int], num_keep: int) -> list[int]:
-    """Splits `num_keep` over tiles of `counts` tokens: equal shares, the remainder to the first tiles.
-
-    A tile with fewer tokens than its share keeps them all, and the rest is shared again among the
-    others. With fewer tokens than tiles, the first tiles (the base view comes first) get one each.
-
-        share_budget([25, 30, 30, 24], 30) == [8, 8, 7, 7]
-        share_budget([9, 2, 9], 12) == [5, 2, 5]
-    """
-    shares = [0] * len(counts)
-    left = num_keep
-    while left:
-        open_tiles = [i for i, count in enumerate(counts) if shares[i] < count]
-        each, extra = divmod(left, len(open_tiles))
-        for rank, i in enumerate(open_tiles):
-            given = min(counts[i] - shares[i], each + (rank < extra))
-            shares[i] += given
-            left -= given
-    return shares
 
 
 def select_by_score(tokens: VisualTokens, score_N: Tensor, num_keep: int) -> Plan:

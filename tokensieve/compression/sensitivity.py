@@ -79,7 +79,7 @@ def gain_closed_form(mlp: TwoLayerMLP, inputs_PV: Tensor) -> Tensor:
     `w1` lives (64 MiB for H = 4096). The root of the mean square stands in for the mean: at LLaVA-1.5
     sizes they are 0.01 % apart (4096 directions, random weights), where 64 directions are up to 1.5 % off.
     """
-    matrix_HH = _gain_matrix(mlp)
+    matrix_HH = gain_matrix(mlp)
     squares = []
     for rows_RV in inputs_PV.split(max(1, MAX_ELEMENTS // len(matrix_HH))):
         slope_RH = _slope(mlp.act, _hidden(mlp, rows_RV))
@@ -108,7 +108,7 @@ def _chunks(bank: Tensor, elements_per_direction: int) -> Iterator[Tensor]:
 _GAIN_MATRICES = WeakTensorKeyDictionary()
 
 
-def _gain_matrix(mlp: TwoLayerMLP) -> Tensor:
+def gain_matrix(mlp: TwoLayerMLP) -> Tensor:
     """`(W2^T W2) o (W1 W1^T)`, `[H, H]` float32, computed again if a weight changed."""
     state = (_state(mlp.w1), _state(mlp.w2))
     known = _GAIN_MATRICES.get(mlp.w1)

@@ -135,7 +135,7 @@ class TCAStage(TowerStage):
             score_BP = view.class_attention[:, num_prefix:]
         else:
             score_BP = rank_score(view.head_attention[:, :, num_prefix:])
-        first_B = self._first_centers(view.index, split.merge, len(x)).to(x.device)
+        first_B = self._first_centers(view.index, split.merge, x.shape[0]).to(x.device)
         with torch.autocast(x.device.type, enabled=False):
             made = condense(x[:, num_prefix:], score_BP.detach(), split, first_B, fuse=self.fuses)
         self.steps[view.index] = replace(made, x=made.x.detach())
@@ -156,10 +156,10 @@ class TCAStage(TowerStage):
         if isinstance(self.first_center, torch.Generator):
             return torch.cat([torch.randint(band, (1,), generator=self.first_center) for _ in range(batch)])
         chosen = self.first_center
-        drawn = [chosen(block, band) if callable(chosen) else chosen for _ in range(batch)]
+        drawn = [chosen(block, band) for _ in range(batch)] if callable(chosen) else [chosen]
         if not all(0 <= index < band for index in drawn):
             raise BadOption(f"first_center must lie in 0..{band - 1} in block {block}, got {drawn}.")
-        return torch.tensor(drawn)
+        return torch.tensor(drawn).expand(batch)
 
 
 def _with_books(prefix_BND: Tensor, made: Condensation, size_BN: Tensor) -> Reduced:

@@ -53,12 +53,3 @@ def proportional_shares(sizes: list[int], total: int) -> list[int]:
     shares, rest = zip(*(divmod(size * total, all_tokens) for size in sizes), strict=True)
     first = sorted(range(len(sizes)), key=lambda g: -rest[g])[: total - sum(shares)]
     return [share + (g in first) for g, share in enumerate(shares)]
-
-
-def even_shares(num_frames: int, total: int) -> list[int]:
-    """Splits `total` over frames as evenly as whole numbers can, the remainder spread over time.
-
-    even_shares(4, 10) == [3, 2, 3, 2]
-    """
-    ends = [(2 * t * total + num_frames) // (2 * num_frames) for t in range(num_frames + 1)]
-    return [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tokensieve.compression.budget import num_to_keep
 from tokensieve.compression.maxmin import SAME
 from tokensieve.compression.registry import register_method
-from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, take_rows
+from tokensieve.compression.tower_stage import BlockView, Reduced, TowerStage, stable_order, take_rows
 from tokensieve.errors import BadOption
 
 
@@ -103,7 +103,7 @@ def merge_similar(x: Tensor, size: Tensor, metric: Tensor, r: int, num_prefix: i
     r = min(r, (num_tokens - num_prefix) // 2)
     num_left = num_tokens - r
     distance_BA, best_BA = _nearest_in_other_set(metric, num_prefix)
-    merged_Br, stays_Ba = distance_BA.sort(dim=-1, stable=True).indices.split([r, distance_BA.shape[1] - r], dim=1)
+    merged_Br, stays_Ba = stable_order(distance_BA).split([r, distance_BA.shape[1] - r], dim=1)
     stays_Ba = stays_Ba.sort(dim=-1).values[:, (num_prefix + 1) // 2 :]  # prefix tokens are first: none of them merges
     place_N = torch.arange(num_tokens, device=x.device).expand(batch, -1)
     other_Bb = place_N[:, 1::2]

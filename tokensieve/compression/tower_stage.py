@@ -25,9 +25,16 @@ from torch import Tensor
 
 def take_rows(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """`[B, K, D]`: the rows of every image at its own places. Copies whole rows, where `gather` goes by elements."""
-    first_B1 = x_BND.shape[1] * torch.arange(len(x_BND), device=x_BND.device)[:, None]
+    first_B1 = x_BND.shape[1] * torch.arange(x_BND.shape[0], device=x_BND.device)[:, None]
     rows = x_BND.flatten(0, 1).index_select(0, (first_B1 + index_BK).flatten())
     return rows.view(*index_BK.shape, x_BND.shape[-1])
+
+
+def stable_order(x: Tensor, *, descending: bool = False) -> Tensor:
+    """Indices that sort the last dimension; equal values stay in their order, in an ONNX graph as well."""
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, but its TopK takes the lower index first
+        return x.topk(x.shape[-1], dim=-1, largest=descending).indices
+    return x.sort(dim=-1, descending=descending, stable=True).indices
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +116,10 @@ class TowerStage:
         They go through the block's first norm, are keys, values and queries like any token, and their output rows
         are thrown away. Asked only where the stage acts.
         """
+        return None
+
+    def extra_bias(self, block: int) -> Tensor | None:
+        """`[B, E]` to add to the attention logits that the extra tokens get as keys, or None. Asked after them."""
         return None
 
     def reduce(self, x: Tensor, view: BlockView) -> Reduced | None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokensieve.compression.score_diversity import share_budget
-from tokensieve.compression.temporal import even_shares
+from tokensieve.budget import even_shares, share_budget
 from tokensieve.compression.tokens import VisualTokens
 
 

@@ -76,8 +76,7 @@ def visionzip(
     Raises:
         BadOption: `dominant` or `sinks` is none of these, or attention is NaN.
     """
-    if isinstance(dominant, bool) or not isinstance(dominant, Real) or not 0 < dominant <= 1:
-        raise BadOption(f"dominant must be a share in (0, 1], got {dominant!r}.")
+    check_dominant(dominant)
     score_N, key_Nd = scores_and_keys(tokens.tower)
     if not score_N.isfinite().all():
         raise BadOption(
@@ -96,6 +95,12 @@ def visionzip(
             )
             entries.append((member_n[anchor_E], member_n[source_E], weight_E))
     return merge_plan(len(tokens), *map(torch.cat, zip(*entries, strict=True)), before_projector=True)
+
+
+def check_dominant(dominant: float) -> None:
+    """Raises BadOption unless this is a share of a budget that dominant tokens may have."""
+    if isinstance(dominant, bool) or not isinstance(dominant, Real) or not 0 < dominant <= 1:
+        raise BadOption(f"dominant must be a share in (0, 1], got {dominant!r}.")
 
 
 def scores_and_keys(tower: TowerView) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def sensitivity(
     step: float = STEP,
 ) -> Tensor:
     """`[P]` float32: the sensitivity of every projector row. Arguments and errors as in `zoprune`."""
-    _check_options(estimator, num_directions, step)
+    check_options(estimator, num_directions, step)
     projector = tokens.projector
     if projector is None:
         raise BadOption(
@@ -123,7 +123,7 @@ def sensitivity(
     return gain_by_probing(projector, bank_MV, step, width_out=tokens.features.shape[-1])
 
 
-def _check_options(estimator: str, num_directions: int, step: float) -> None:
+def check_options(estimator: str, num_directions: int, step: float) -> None:
     if estimator not in ESTIMATORS:
         raise BadOption(
             f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.",

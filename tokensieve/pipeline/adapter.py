@@ -229,17 +229,20 @@ class VLMAdapter:
             asked.append(replace(item, tokens=replace(item.tokens, question=question)))
         return asked
 
-    def _is_text(self, inputs: Mapping[str, Tensor], row: int) -> Tensor:
-        """`[L]` bool: all text of a prompt: its tokens but placeholders, special ones and padding."""
-        ids_L = inputs["input_ids"][row]
+    def special_ids(self) -> list[int]:
+        """Ids that are no text: placeholders, and tokens that begin, end or fill a prompt."""
         config = self.model.config
         special = {getattr(config, f"{m}_token_id", None) for m in MODALITIES}
         for owner in (config, config.get_text_config(), self.model.generation_config):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(owner, name, None)
                 special |= set(value) if isinstance(value, list | tuple) else {value}
-        special_ids = torch.tensor(sorted(special - {None}), device=ids_L.device)
-        is_text_L = ~torch.isin(ids_L, special_ids)
+        return sorted(special - {None})
+
+    def _is_text(self, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+        """`[L]` bool: all text of a prompt: its tokens but placeholders, special ones and padding."""
+        ids_L = inputs["input_ids"][row]
+        is_text_L = ~torch.isin(ids_L, torch.tensor(self.special_ids(), device=ids_L.device))
         if inputs.get("attention_mask") is not None:
             is_text_L &= inputs["attention_mask"][row].bool()
         return is_text_L

@@ -76,6 +76,27 @@ def check_question(question) -> None:
         raise BadOption(f"A question must be a string that is not empty, got {question!r}.")
 
 
+def as_batch(media, question) -> tuple[list, list[str]]:
+    """Media and questions as lists of one length; a single one of either is used for all.
+
+    Raises:
+        BadOption: there are none, unequal numbers of them, or a question that cannot be asked.
+    """
+    media_list = media if isinstance(media, list) else None
+    questions = question if isinstance(question, list) else None
+    count = len(media_list if media_list is not None else questions if questions is not None else [None])
+    media_list = [media] * count if media_list is None else media_list
+    questions = [question] * count if questions is None else questions
+    if len(media_list) != len(questions) or not media_list:
+        raise BadOption(
+            f"Need as many media as questions and at least one, got {len(media_list)} media and "
+            f"{len(questions)} questions."
+        )
+    for asked in questions:
+        check_question(asked)
+    return media_list, questions
+
+
 def takes_video(processor) -> bool:
     """Whether the processor has a path for videos; without one, frames go in as images."""
     return getattr(processor, "video_processor", None) is not None

@@ -14,7 +14,7 @@ from tokensieve.compression import Plan, keep_all
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.adapter import VisualItem, VLMAdapter
 from tokensieve.pipeline.generation import generate_options, num_generated, num_sequences
-from tokensieve.pipeline.prompt import as_frames, check_question, run_processor, shows_video, user_turn
+from tokensieve.pipeline.prompt import as_batch, as_frames, run_processor, shows_video, user_turn
 from tokensieve.pipeline.results import Answer, Prepared
 from tokensieve.pipeline.stages import Compression, Stage, build_stages, with_policy
 
@@ -169,7 +169,7 @@ class VLM:
                 be asked.
             MediaError: a medium that cannot be read.
         """
-        media, questions = _batch(media, question)
+        media, questions = as_batch(media, question)
         if self.processor is None:
             raise BadOption("This VLM has no processor.", hint="Pass one to VLM(...), or use compress_inputs.")
         seconds: dict[str, float] = {}
@@ -232,7 +232,7 @@ class VLM:
             BadOption, MediaError: as `prepare`, or `max_new_tokens` is not a whole number above 0.
         """
         single = not isinstance(media, list) and not isinstance(question, list)
-        media, questions = _batch(media, question)
+        media, questions = as_batch(media, question)
         options = generate_options(self.model, max_new_tokens, generate)
         if len(media) > 1 and max(num_sequences(self.model, options)) > 1:
             # Beams over prompts of unequal length are wrong in some families (see RaggedFeatures): one by one.
@@ -281,23 +281,6 @@ class VLM:
     def _last_layer(self, row: int) -> dict[str, int]:
         left = self.last_layer_tokens()
         return {} if left is None else {"last_layer": left[row]}
-
-
-def _batch(media, question) -> tuple[list, list[str]]:
-    """Media and questions as lists of one length; a single one of either is used for all."""
-    media_list = media if isinstance(media, list) else None
-    questions = question if isinstance(question, list) else None
-    count = len(media_list if media_list is not None else questions if questions is not None else [None])
-    media_list = [media] * count if media_list is None else media_list
-    questions = [question] * count if questions is None else questions
-    if len(media_list) != len(questions) or not media_list:
-        raise BadOption(
-            f"Need as many media as questions and at least one, got {len(media_list)} media and "
-            f"{len(questions)} questions."
-        )
-    for asked in questions:
-        check_question(asked)
-    return media_list, questions
 
 
 @contextmanager

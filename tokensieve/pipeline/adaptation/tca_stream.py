@@ -173,7 +173,7 @@ class TCAStream:
         """Features `[B, O]` of length 1 and paths `[B, L, D]`, both float32."""
         self.stage.anchors = None if self.reservoir is None else self.reservoir.anchors()
         with compress_tower(self.tower, self.stage):
-            feature_BO = _image_features(self.model, images).float()
+            feature_BO = image_features(self.model, images).float()
         path_BLD = torch.stack(self.stage.path, 1).float()
         self.stage.path.clear()
         if feature_BO.ndim != 2 or feature_BO.shape[1] != self.text_CO.shape[1]:
@@ -304,7 +304,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     return tensors, settings
 
 
-def _image_features(model: nn.Module, images: Tensor) -> Tensor:
+def image_features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model's own call for images gives: `[B, O]` embeddings of a whole model or a tower that pools."""
     if hasattr(model, "get_image_features"):  # transformers, whole model
         out = model.get_image_features(pixel_values=images)
     elif hasattr(model, "encode_image"):  # open_clip, whole model

@@ -247,6 +247,9 @@ class TowerHandle:
         bias = None
         if stage.proportional and run.steps:
             bias = F.pad(size_BN.log(), (num_extra, 0))[:, None, None]
+        if extra is not None and (extra_bias := stage.extra_bias(index)) is not None:
+            extra_bias = F.pad(extra_bias, (0, x.shape[1]))[:, None, None]
+            bias = extra_bias if bias is None else bias + extra_bias
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -313,7 +316,9 @@ def class_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | Non
 def received_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """`[B, H, keys]` float32: attention that every key receives, mean over queries, in chunks of queries."""
     batch, heads, num_queries = query.shape[:3]
-    rows = max(1, MAX_CHUNK_BYTES // (4 * batch * heads * key.shape[2]))
+    rows = num_queries  # at once in a graph, whose batch has no size yet
+    if not torch.compiler.is_exporting():
+        rows = max(1, MAX_CHUNK_BYTES // (4 * batch * heads * key.shape[2]))
     total_BHN = 0
     with torch.autocast(query.device.type, enabled=False):
         key_BHdN = key.float().transpose(-1, -2)

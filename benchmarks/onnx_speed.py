@@ -1,0 +1,195 @@
+"""onnxruntime on the CPU against PyTorch, eager and compiled: a tower, and the prefill of a language model.
+
+    python benchmarks/onnx_speed.py --out docs/benchmarks/onnx.md
+
+(Not named onnx.py: a script's folder comes first on the import path, so `import onnx` would find it.) Weights are
+random, time does not depend on them. Graphs are written into `--folder` once and used again. All ways of a table run
+in turns within every repeat; seconds are CPU time, so that other work on the machine counts less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+import tokensieve as ts
+from tokensieve.compression import num_to_keep
+from tokensieve.export.graph_file import write_graph
+from tokensieve.export.language import Decoder, cache_facts, cache_names, decoder_inputs, decoder_outputs
+from tokensieve.export.sessions import open_session
+from tokensieve.export.tower_runtime import OnnxTower
+from tokensieve.export.towers import export_tower
+from tokensieve.pipeline.bench.flops import prefill_flops
+from tokensieve.pipeline.bench.presets import config_of, language_sizes, random_model
+from tokensieve.pipeline.bench.workload import TEXT_TOKENS, num_visual
+from tokensieve.pipeline.machine import processor_name
+from tokensieve.pipeline.towers.macs import tower_macs
+
+KEEPS = (1.0, 0.5, 0.25)
+NOTES = """
+- ms: CPU milliseconds, medians; behind them the fastest and the slowest. ratio: eager over this, at the same keep.
+- ideal: one over the multiply-accumulates that are left. eta: the part of the ideal saving that became time, against
+  keep 1 of the same runtime.
+- compile: `torch.compile`, after its first calls. The whole of a tower; of a language model its forward.
+"""
+
+Ways = dict[tuple[str, float], Callable[[], object]]
+
+
+def tower_ways(folder: Path, method: str, batch: int, sizes: dict) -> tuple[Ways, dict[float, float]]:
+    """Ways to embed a batch of pictures, and the share of multiply-accumulates left at every budget."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(projection_dim=512, **sizes)
+    pixels = torch.randn(batch, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+    ways, left = {}, {}
+    for keep in KEEPS:
+        model = CLIPVisionModelWithProjection(config).eval()
+        out = folder / f"tower-{method}-{keep:g}-{config.num_hidden_layers}"
+        if not out.exists():
+            export_tower(model, out, method=None if keep == 1 else method, keep=keep, verify=False)
+        exported = OnnxTower.from_pretrained(out, "cpu", threads=torch.get_num_threads())
+        tokens = [1 + (config.image_size // config.patch_size) ** 2] * (config.num_hidden_layers + 1)
+        if keep < 1:
+            handle = ts.compress_tower(model, method, keep)
+            model(pixels)
+            tokens = handle.trace.tokens_per_block
+        left[keep] = _macs(config, tokens)
+        compiled = torch.compile(model)
+        ways["eager", keep] = lambda model=model: model(pixels).image_embeds
+        ways["compile", keep] = lambda compiled=compiled: compiled(pixels).image_embeds
+        ways["onnxruntime", keep] = lambda exported=exported: exported.encode_image(pixels.numpy())
+    return ways, {keep: value / left[1.0] for keep, value in left.items()}
+
+
+def _macs(config, tokens) -> float:
+    return tower_macs(
+        tokens,
+        width=config.hidden_size,
+        patch_size=config.patch_size,
+        mlp_width=config.intermediate_size,
+        out_width=config.projection_dim,
+    )
+
+
+def prefill_ways(folder: Path, name: str, frames: int) -> tuple[Ways, dict[float, float]]:
+    """Ways to read a prompt, and the share of FLOPs left at every budget."""
+    config = config_of(name)
+    model = random_model(config, torch.float32, torch.device("cpu"))
+    path = folder / f"decoder-{name.replace('/', '-')}.onnx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        inputs, shapes = decoder_inputs(model, torch.float32)
+        with torch.no_grad():
+            write_graph(Decoder(model).eval(), path, inputs, shapes, decoder_outputs(model))
+    session = open_session(folder, path.name, "cpu", torch.get_num_threads())
+    text, facts, sizes = model.model.language_model, cache_facts(model), language_sizes(config)
+    compiled = torch.compile(text, dynamic=True)
+    empty = np.zeros((1, facts["num_kv_heads"], 0, facts["head_dim"]), np.float32)
+    ways, left = {}, {}
+    for keep in KEEPS:
+        length = TEXT_TOKENS + num_to_keep(keep, num_visual(config, frames))
+        left[keep] = prefill_flops(sizes, length)
+        embeds = torch.randn(1, length, sizes.width, generator=torch.Generator().manual_seed(2))
+        feed = dict.fromkeys(cache_names("past_key_values", facts["num_layers"]), empty) | {
+            "inputs_embeds": embeds.numpy(),
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length)[None],
+        }
+
+        def read(run: nn.Module, embeds=embeds):
+            return model.lm_head(run(inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1:])
+
+        ways["eager", keep] = lambda read=read: read(text)
+        ways["compile", keep] = lambda read=read: read(compiled)
+        ways["onnxruntime", keep] = lambda feed=feed: session.run(None, feed)[0]
+    return ways, {keep: value / left[1.0] for keep, value in left.items()}
+
+
+@torch.no_grad()
+def measure(ways: Ways, repeats: int, title: str) -> dict[tuple[str, float], list[float]]:
+    """CPU seconds of every way, all in turns after two first calls; a way that cannot run is left out."""
+    able = {}
+    for key, way in ways.items():
+        try:
+            way(), way()
+            able[key] = way
+        except Exception as error:  # torch.compile has many
+            Console(stderr=True).print(f"{title}, {key}: {type(error).__name__}")
+    seconds: dict[tuple[str, float], list[float]] = {key: [] for key in able}
+    for _ in track(range(repeats), title, console=Console(stderr=True)):
+        for key, way in able.items():
+            start = time.process_time()
+            way()
+            seconds[key].append(time.process_time() - start)
+    return seconds
+
+
+def table(title: str, seconds: dict[tuple[str, float], list[float]], left: dict[float, float]) -> str:
+    lines = [f"## {title}", "", "| runtime | keep | ideal | ms | ratio to eager | speed-up | eta |", "|" + "---|" * 7]
+    for (runtime, keep), values in sorted(seconds.items(), key=lambda item: (-item[0][1], item[0][0])):
+        own, full = median(values), median(seconds[runtime, 1.0]) if (runtime, 1.0) in seconds else None
+        eager = median(seconds["eager", keep])
+        speedup = eta = "-"
+        if keep < 1 and full:
+            speedup, eta = f"{full / own:.2f}", f"**{(full - own) / (full * (1 - left[keep])):.2f}**"
+        spread = f"{1000 * own:,.0f} ({1000 * min(values):,.0f} to {1000 * max(values):,.0f})"
+        ideal = f"{1 / left[keep]:.2f}"
+        lines.append(f"| {runtime} | {keep:g} | {ideal} | {spread} | {eager / own:.2f} | {speedup} | {eta} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="runs/onnx", help="where the graphs are kept")
+    parser.add_argument("--method", default="evit", help="in the tower")
+    parser.add_argument("--batches", default="1,8", help="pictures per call")
+    parser.add_argument("--model", default="llava-onevision-0.5b", help="preset, or folder with a config")
+    parser.add_argument("--frames", type=int, default=8, help="of the prompt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it all run?")
+    parser.add_argument("--out", default="", help="Markdown file; what stands above its first table is kept")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = Path(options.folder)
+    sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    sizes |= dict(image_size=224, patch_size=16)
+    if options.smoke:
+        sizes |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=64)
+    parts = [
+        f"Machine: {processor_name()}, {options.threads} thread(s); Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}, "
+        f"tokensieve {ts.__version__}; float32; median of {options.repeats} repeats in turns after two first calls.",
+        NOTES.strip(),
+    ]
+    for batch in map(int, options.batches.split(",")):
+        title = f"CLIP ViT-B/16, `{options.method}` in the tower, batch {batch}"
+        ways, left = tower_ways(folder, options.method, batch, sizes)
+        parts.append(table(title, measure(ways, options.repeats, title), left))
+        print(parts[-1], flush=True)
+    title = f"Prefill of {options.model}, {options.frames} frames"
+    ways, left = prefill_ways(folder, options.model, options.frames)
+    parts.append(table(title, measure(ways, options.repeats, title), left))
+    print(parts[-1], flush=True)
+    if options.out:
+        path = Path(options.out)
+        start = path.read_text().split("\n\nMachine: ")[0] if path.exists() else "# onnxruntime against PyTorch"
+        path.write_text("\n\n".join([start, *parts]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
