@@ -32,6 +32,8 @@ def max_min_picks(
         first_1: `[1]` int64, the very first pick, where it is not the greatest weight.
     """
     num_tokens, num_picks = unit_ND.shape[0], tile_of_pick_K.shape[0]
+    # In onnxruntime a row times a matrix is ten times as fast as the other way round.
+    unit_DN = unit_ND.T.contiguous()
     pick_place_K, token_N = torch.arange(num_picks), torch.arange(num_tokens)
 
     def unfinished(step, order_K, nearest_N, taken_N):
@@ -43,8 +45,7 @@ def max_min_picks(
         pick_1 = value_N.argmax(0, keepdim=True)
         if first_1 is not None:
             pick_1 = torch.where(step == 0, first_1, pick_1)
-        cosine_N = unit_ND @ unit_ND.index_select(0, pick_1)[0]
-        distance_N = _apart(1 - cosine_N)
+        distance_N = _apart(1 - (unit_ND.index_select(0, pick_1) @ unit_DN)[0])
         return (
             step + 1,
             torch.where(pick_place_K == step, pick_1, order_K),
