@@ -121,18 +121,18 @@ def test_a_failure_leaves_nothing(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(exporter, "verify_folder", fail)
     with pytest.raises(UnsupportedModel, match="differs"):
-        export_vlm(shared_vlm("llava"), tmp_path / "out")
+        export_vlm(shared_vlm("llava").compress(None), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(exporter, "verify_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        export_vlm(shared_vlm("llava"), tmp_path / "out")
+        export_vlm(shared_vlm("llava").compress(None), tmp_path / "out")
     assert [each.name for each in tmp_path.rglob("*")] == ["out"]
 
 
 def test_without_verification(tmp_path, quick):
     (tmp_path / "out").mkdir()
-    manifest = export_vlm(shared_vlm("llava"), tmp_path / "out", verify=False)
+    manifest = export_vlm(shared_vlm("llava").compress(None), tmp_path / "out", verify=False)
     assert manifest.verified == {} and Manifest.load(tmp_path / "out") == manifest
 
 
@@ -152,7 +152,7 @@ def test_what_is_there_stays(tmp_path, kind, monkeypatch):
         out = tmp_path / "missing" / "out"
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadOption, match="exists already|no folder"):
-        export_vlm(shared_vlm("llava"), out)
+        export_vlm(shared_vlm("llava").compress(None), out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path, family, me
 
 def test_bad_arguments(tmp_path):
     with pytest.raises(BadOption, match="int4"):
-        export_vlm(shared_vlm("llava"), tmp_path / "out", precision="int4")
+        export_vlm(shared_vlm("llava").compress(None), tmp_path / "out", precision="int4")
     lonely = make_vlm("llava")
     lonely.processor = None
     with pytest.raises(BadOption, match="no processor"):
