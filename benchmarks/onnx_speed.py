@@ -91,7 +91,6 @@ def prefill_ways(folder: Path, name: str, frames: int) -> tuple[Ways, dict[float
     model = random_model(config, torch.float32, torch.device("cpu"))
     path = folder / f"decoder-{name.replace('/', '-')}.onnx"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         inputs, shapes = decoder_inputs(model, torch.float32)
         with torch.no_grad():
             write_graph(Decoder(model).eval(), path, inputs, shapes, decoder_outputs(model))
@@ -166,6 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     sizes |= dict(image_size=224, patch_size=16)
     if options.smoke:
