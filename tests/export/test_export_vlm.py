@@ -99,7 +99,7 @@ def test_model_stays_as_it_is():
 def test_verification_sees_a_difference(monkeypatch, name, change):
     vlm, folder = exported("llava_onevision", "zoprune")
     right = verify._Graphs.run
-    monkeypatch.setattr(verify._Graphs, "run", lambda self, session, feed: change(right(self, session, feed)))
+    monkeypatch.setattr(verify._Graphs, "run", lambda self, graph, feed: change(right(self, graph, feed)))
     with pytest.raises(UnsupportedModel, match=f"differs from PyTorch.*{name}"):
         verify_folder(vlm, folder, Manifest.load(folder), [Example(noise(4), "what?")])
 

@@ -43,29 +43,30 @@ def own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_text(folder: Path, name: str) -> str:
-    """The text of one of the folder's files.
+def read_text(folder: Path, name: str, max_bytes: int | None = None) -> str:
+    """The text of one of the folder's files, of at most `MAX_JSON_BYTES` unless told otherwise.
 
     Raises:
         UnsupportedModel: as `own_file`, or it is too large or no UTF-8.
     """
     path = own_file(folder, name)
+    max_bytes = MAX_JSON_BYTES if max_bytes is None else max_bytes
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UnsupportedModel(f"{path} is larger than {MAX_JSON_BYTES} bytes.", hint=AGAIN)
+        if path.stat().st_size > max_bytes:
+            raise UnsupportedModel(f"{path} is larger than {max_bytes} bytes.", hint=AGAIN)
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         raise UnsupportedModel(f"{path} cannot be read as text.", hint=AGAIN) from None
 
 
-def read_json(folder: Path, name: str) -> dict[str, object]:
-    """The JSON object in one of the folder's files.
+def read_json(folder: Path, name: str, max_bytes: int | None = None) -> dict[str, object]:
+    """The JSON object in one of the folder's files; the size is bounded as in `read_text`.
 
     Raises:
         UnsupportedModel: as `read_text`, or it holds no JSON object.
     """
     try:
-        found = json.loads(read_text(folder, name))
+        found = json.loads(read_text(folder, name, max_bytes))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

@@ -105,7 +105,7 @@ def graph_scorer(policy: object) -> LightGraph | CacovidGraph:
     if form is None:
         raise UnsupportedModel(
             f"A policy of type {type(policy).__name__} cannot be exported; LightScorer and PolicyScorer can.",
-            hint="Train one with `tokensieve train-policy`.",
+            hint="Train one with `tokensieve train distil`.",
         )
     half = next(policy.parameters()).dtype != torch.float32
     return form(copy.deepcopy(policy).float() if half else policy)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from tokensieve.errors import UnsupportedModel
+from tokensieve.export.folder import AGAIN, read_json
 
 NAME = "tokensieve.json"
 FORMAT = 1
@@ -63,30 +64,24 @@ class Manifest:
         """Reads and checks the manifest of an exported folder.
 
         Raises:
-            UnsupportedModel: there is none, it is no valid JSON, its format is unknown, a field is missing, unknown or
-                of the wrong type, or a graph's path leaves the folder.
+            UnsupportedModel: there is none, it is a link or no valid JSON, its format is unknown, a field is missing,
+                unknown or of the wrong type, or a graph's path leaves the folder.
         """
         path = folder / NAME
-        remedy = "Export the model again with `tokensieve export`."
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise UnsupportedModel(f"{path} is larger than {MAX_BYTES} bytes.", hint=remedy)
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UnsupportedModel(f"{folder} holds no {NAME}, so it is no exported model.", hint=remedy) from None
-        except (OSError, ValueError, RecursionError):
-            raise UnsupportedModel(f"{path} cannot be read or is no valid JSON.", hint=remedy) from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            given = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise UnsupportedModel(f"{path} has format {given!r}, and this release reads {FORMAT}.", hint=remedy)
+        if not path.exists():
+            raise UnsupportedModel(f"{folder} holds no {NAME}, so it is no exported model.", hint=AGAIN)
+        found = read_json(folder, NAME, MAX_BYTES)
+        if found.get("format") != FORMAT:
+            given = found.get("format")
+            raise UnsupportedModel(f"{path} has format {given!r}, and this release reads {FORMAT}.", hint=AGAIN)
         found.pop("format")
         names = {each.name for each in fields(cls)}
         if not names >= set(found) >= {"kind", "family", "graphs"}:
             odd = sorted(set(found) - names) or sorted({"kind", "family", "graphs"} - set(found))
-            raise UnsupportedModel(f"{path} has unknown or missing fields: {', '.join(map(repr, odd))}.", hint=remedy)
+            raise UnsupportedModel(f"{path} has unknown or missing fields: {', '.join(map(repr, odd))}.", hint=AGAIN)
         manifest = cls(**found)
         if problem := manifest._problem():
-            raise UnsupportedModel(f"{path}: {problem}", hint=remedy)
+            raise UnsupportedModel(f"{path}: {problem}", hint=AGAIN)
         return manifest
 
     def _problem(self) -> str:

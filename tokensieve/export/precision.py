@@ -88,7 +88,8 @@ def exportable_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def quantize_weights(source: Path, target: Path) -> None:
     """Writes `target`, the graph in `source` with the weights of its products and look-ups as 8-bit numbers.
 
-    Both have their weights in `<file>_data` beside them. Activations are quantised while the graph runs.
+    Both have their weights in `<file>_data` beside them; `source` loses what it says of their shapes. Activations are
+    quantised while the graph runs.
     """
     import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -99,6 +100,7 @@ def quantize_weights(source: Path, target: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             made = Path(aside) / source.name
+            _forget_weight_shapes(source)
             quantize_dynamic(
                 source,
                 made,
@@ -111,3 +113,15 @@ def quantize_weights(source: Path, target: Path) -> None:
             save_graph(onnx_ir.load(made), target)
     finally:
         root.setLevel(level)
+
+
+def _forget_weight_shapes(path: Path) -> None:
+    """The quantiser transposes weights and then trips over the shapes that were written down for them."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    weights = {each.name for each in graph.graph.initializer}
+    shapes = [each for each in graph.graph.value_info if each.name not in weights]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(shapes)
+    path.write_bytes(graph.SerializeToString())

@@ -19,7 +19,7 @@ import numpy as np
 from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.export.folder import AGAIN
 from tokensieve.export.manifest import Manifest
-from tokensieve.export.sessions import open_session
+from tokensieve.export.sessions import open_session, running
 
 VISION, TEXT = "vision_model", "text_model"
 CLIP_LOGIT_SCALE = 100.0  # of models that bring no scale of their own: what CLIP's was clipped to
@@ -107,7 +107,8 @@ class OnnxTower:
                 anchors = np.zeros((0, *shapes["anchors"][1:]), np.float32)
             shape = shapes["anchors"]
             inputs["anchors"] = _checked("anchors", anchors, shape, np.floating, np.float32, may_be_empty=True)
-        return self._sessions[VISION].run(None, inputs)
+        with running(VISION):
+            return self._sessions[VISION].run(None, inputs)
 
     def encode_text(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """`[C, O]` float32, what the model's own call gives, from token ids `[C, T]`.
@@ -129,7 +130,8 @@ class OnnxTower:
             inputs["attention_mask"] = _checked("attention_mask", mask, shape, np.integer, np.int64)
         elif attention_mask is not None:
             raise BadOption("This text encoder takes no attention_mask.")
-        return self._sessions[TEXT].run(None, inputs)[0]
+        with running(TEXT):
+            return self._sessions[TEXT].run(None, inputs)[0]
 
     def classify(self, pixels: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
         """`[B, C]` float32 zero-shot logits: scale * cosine + bias, with the model's own numbers, else 100 and 0.

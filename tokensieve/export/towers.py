@@ -46,9 +46,9 @@ from tokensieve.export.tower_runtime import TEXT, VISION, OnnxTower
 from tokensieve.pipeline.adaptation.tca_stream import image_features
 from tokensieve.pipeline.towers import compress_tower
 from tokensieve.pipeline.towers.compress import find_tower
+from tokensieve.pipeline.towers.load import LIBRARIES
 
 METHODS = ("tome", "evit", "tca")
-LIBRARIES = ("open_clip", "timm", "transformers")
 OF_TRANSFORMERS = (
     "CLIPModel",
     "CLIPVisionModel",
@@ -343,20 +343,7 @@ def _write(part: _Part, path: Path, precision: str, reduction: AbstractContextMa
                 hint="It can still be run with PyTorch.",
             ) from error
         if precision == "int8":
-            _forget_weight_shapes(first)
             quantize_weights(first, path)
-
-
-def _forget_weight_shapes(path: Path) -> None:
-    """The quantiser transposes weights and then trips over the shapes that were written down for them."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False)
-    weights = {each.name for each in graph.graph.initializer}
-    shapes = [each for each in graph.graph.value_info if each.name not in weights]
-    del graph.graph.value_info[:]
-    graph.graph.value_info.extend(shapes)
-    path.write_bytes(graph.SerializeToString())
 
 
 def _vision_part(made: nn.Module, stage: TowerStage, facts: Mapping[str, object], dtype: torch.dtype) -> _Part:

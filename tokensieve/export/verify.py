@@ -19,7 +19,7 @@ from tokensieve.export.manifest import Manifest
 from tokensieve.export.packing import Packing, pack_anyres, pack_frames, pack_patches, pack_pooled_video, pack_tiles
 from tokensieve.export.precision import TOLERANCES, Tolerance
 from tokensieve.export.runtime import DECODER, EMBED, VISION, OnnxVLM
-from tokensieve.export.sessions import open_session
+from tokensieve.export.sessions import open_session, running
 from tokensieve.pipeline.results import Prepared
 from tokensieve.pipeline.stages import Stage
 from tokensieve.pipeline.vlm import VLM
@@ -119,15 +119,13 @@ class _Graphs:
         self.sessions = {
             name: open_session(folder, file, "cpu", torch.get_num_threads()) for name, file in manifest.graphs.items()
         }
-        self.vision, self.embed, self.decoder = (self.sessions[name] for name in (VISION, EMBED, DECODER))
 
-    def run(self, session, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, graph: str, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name; the feed may hold more than the graph takes."""
+        session = self.sessions[graph]
         taken = {each.name: feed[each.name] for each in session.get_inputs()}
-        try:
+        with running(graph):
             values = session.run(None, taken)
-        except Exception as error:  # each of onnxruntime's own classes
-            raise UnsupportedModel(f"onnxruntime cannot run the exported model ({type(error).__name__}).") from error
         return dict(zip((each.name for each in session.get_outputs()), values, strict=True))
 
     def logits(self, embeds_1LD: np.ndarray, positions: np.ndarray, tokens_S: Sequence[int]) -> np.ndarray:
@@ -151,10 +149,10 @@ class _Graphs:
                 "position_ids": positions,
                 "attention_mask": np.ones((1, length), dtype=np.int64),
             }
-            out = self.run(self.decoder, feed)
+            out = self.run(DECODER, feed)
             rows.append(out["logits"][0, 0])
             feed |= {name: out[name.replace("past_key_values", "present")] for name in names}
-            embeds_1LD = self.run(self.embed, {"input_ids": np.array([[tokens_S[step]]])})["inputs_embeds"]
+            embeds_1LD = self.run(EMBED, {"input_ids": np.array([[tokens_S[step]]])})["inputs_embeds"]
             positions = np.full_like(positions[..., :1], next_position + step)
         return np.stack(rows)
 
@@ -167,7 +165,7 @@ def _compare(
     found: dict[str, float] = {}
     features_kD = _compare_features(vlm, graphs, prepared, tolerance, found)
     ids_1L = prepared["input_ids"].numpy()
-    embeds_1LD = graphs.run(graphs.embed, {"input_ids": ids_1L})["inputs_embeds"].copy()
+    embeds_1LD = graphs.run(EMBED, {"input_ids": ids_1L})["inputs_embeds"].copy()
     expected_1LD = vlm.model.get_input_embeddings()(prepared["input_ids"]).numpy()
     found["embeddings"] = _difference(embeds_1LD, expected_1LD)
     _check("embeddings", found["embeddings"], tolerance.embeddings)
@@ -203,7 +201,7 @@ def _compare_features(
     if item.tokens.question is not None:
         feed["question"] = item.tokens.question.embeds.numpy()
         feed["num_before"] = np.array([item.tokens.question.num_before])
-    out = graphs.run(graphs.vision, feed)
+    out = graphs.run(VISION, feed)
 
     place_k = item.kept(plan)
     expected_kD = item.kept_features(plan).numpy()
