@@ -54,8 +54,8 @@ FOLDER = Path("runs/policies")
 ACCURACY = Path("docs/benchmarks/accuracy.md")
 
 
-def train(jobs: int) -> None:
-    """All trainings that are not there yet, `jobs` at a time, one thread each."""
+def train(jobs: int, setups: list[str]) -> None:
+    """All trainings of these set-ups that are not there yet, `jobs` at a time, one thread each."""
 
     def run(name: str, words: str, seed: int) -> None:
         out = FOLDER / f"{name}-{seed}"
@@ -78,7 +78,7 @@ def train(jobs: int) -> None:
         print(f"{out}: {time.perf_counter() - start:.0f} s", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(run, name, words, seed) for name, (_, words) in SETUPS.items() for seed in SEEDS]
+        waiting = [pool.submit(run, name, SETUPS[name][1], seed) for seed in SEEDS for name in setups]
         for job in waiting:
             job.result()
 
@@ -201,11 +201,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "evaluate", "draw"])
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--setups", default=",".join(SETUPS), help="which to train")
     parser.add_argument("--clips", type=int, default=400, help="of the test split")
     parser.add_argument("--out", default="", help="Markdown page (its first paragraphs stay), or picture")
     options = parser.parse_args()
     if options.what == "train":
-        train(options.jobs)
+        if unknown := set(setups := options.setups.split(",")) - set(SETUPS):
+            parser.error(f"--setups: {sorted(unknown)} unknown; there are {', '.join(SETUPS)}")
+        train(options.jobs, setups)
     elif options.what == "draw":
         draw(options.out)
     else:
