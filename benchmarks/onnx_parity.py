@@ -73,7 +73,7 @@ def ask(vlm: ts.VLM, runtimes: dict[str | None, OnnxVLM], keeps: list[float], nu
 
 def table(found: dict[tuple, Counter], verified: dict[str | None, dict]) -> str:
     lines = [
-        "| method | keep | PyTorch, % | ONNX, % | same answer | logits | features | kept tokens unequal | greedy tokens |",
+        "| method | keep | PyTorch, % | ONNX, % | same answer | logits | features | others kept | greedy tokens |",
         "|" + "---|" * 9,
     ]
     for (method, keep), count in found.items():
@@ -114,8 +114,8 @@ def main() -> None:
             runtimes[method], verified[method] = export(vlm, Path(folder), method, keeps[0], options.examples)
         found = ask(vlm, runtimes, keeps, options.clips)
     conditions = (
-        f"Model `tiny`, split `test`, {options.clips} clips; exports verified on {options.examples} clips at two budgets. "
-        f"{processor_name()}, {options.threads} thread(s), float32; Python {platform.python_version()}, torch "
+        f"Model `tiny`, split `test`, {options.clips} clips; exports verified on {options.examples} clips at two "
+        f"budgets. {processor_name()}, {options.threads} thread(s), float32; Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}, "
         f"tokensieve {ts.__version__}."
     )

@@ -43,8 +43,8 @@ NOTES = """
 - ms: CPU milliseconds, medians; behind them the fastest and the slowest. ratio: eager over this, at the same keep.
 - ideal: one over the multiply-accumulates that are left. eta: the part of the ideal saving that became time, against
   keep 1 of the same runtime.
-- compile: `torch.compile` for each keep, after rounds of first calls until none compiles any more. The whole of a tower;
-  of a language model its forward.
+- compile: `torch.compile` for each keep, after rounds of first calls until none compiles any more. The whole of a
+  tower; of a language model its forward.
 """
 
 Ways = dict[tuple[str, float], Callable[[], object]]

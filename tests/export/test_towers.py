@@ -16,11 +16,13 @@ from tokensieve.compression.evit import keep_attended
 from tokensieve.compression.tome import merge_similar, tome
 from tokensieve.compression.tower_stage import stable_order
 from tokensieve.errors import BadOption, UnsupportedModel
-from tokensieve.export import towers
+from tokensieve.export import tower_graphs, tower_verify
 from tokensieve.export.graph_file import write_graph
 from tokensieve.export.manifest import Manifest
+from tokensieve.export.tower_graphs import example_ids
 from tokensieve.export.tower_runtime import TEXT, VISION, OnnxTower
-from tokensieve.export.towers import digit_pictures, example_ids, export_tower
+from tokensieve.export.tower_verify import digit_pictures
+from tokensieve.export.towers import export_tower
 from tokensieve.pipeline.adaptation.tca_stream import image_features
 from tokensieve.pipeline.towers import compress_tower
 
@@ -128,18 +130,18 @@ def test_texts(exported, name, lengths):  # noqa: F811
             ids = example_ids(it.model, batch, length)
             mask = torch.ones_like(ids)
             mask[-1, length // 2 + 1 :] = 0
-            wanted = towers.text_features(it.model, ids, mask if takes_mask else None)
+            wanted = tower_graphs.text_features(it.model, ids, mask if takes_mask else None)
             close([it.tower.encode_text(ids.numpy(), mask.numpy() if takes_mask else None)], [wanted])
             if takes_mask:
                 unmasked = it.tower.encode_text(ids.numpy())
-                close([unmasked], [towers.text_features(it.model, ids, torch.ones_like(ids))])
+                close([unmasked], [tower_graphs.text_features(it.model, ids, torch.ones_like(ids))])
 
 
 def test_an_end_of_text_is_found_wherever_it_is(exported):  # noqa: F811
     it = exported("tca")
     ids = torch.full((2, 6), 5)
     ids[0, 1] = ids[1, 4] = 49
-    close([it.tower.encode_text(ids.numpy())], [towers.text_features(it.model, ids, torch.ones_like(ids))])
+    close([it.tower.encode_text(ids.numpy())], [tower_graphs.text_features(it.model, ids, torch.ones_like(ids))])
 
 
 # --- the folder
@@ -177,7 +179,7 @@ def copy_graphs(monkeypatch, it):
         for end in ("", "_data"):
             path.with_name(path.name + end).write_bytes((it.folder / "onnx" / (path.name + end)).read_bytes())
 
-    monkeypatch.setattr(towers, "write_graph", take)
+    monkeypatch.setattr(tower_graphs, "write_graph", take)
 
 
 def test_half_precision(tmp_path, exported):  # noqa: F811
@@ -194,11 +196,11 @@ def check_smaller(tmp_path, it, precision, share):
     manifest = export_tower(it.model, tmp_path / "out", method=case.method, keep=case.keep, precision=precision)
     for graph in (VISION, TEXT):
         greatest = max(manifest.verified[graph]["greatest"].values())
-        assert 1e-5 < greatest < towers.TOLERANCES[precision]
+        assert 1e-5 < greatest < tower_verify.TOLERANCES[precision]
     tower = OnnxTower.from_pretrained(tmp_path / "out", "cpu")
     got, wanted = tower.encode_image(random_pixels(3).numpy()), it.reference(random_pixels(3))[0].numpy()
     assert got.dtype == np.float32 and manifest.precision == precision
-    assert np.linalg.norm(got - wanted) < towers.TOLERANCES[precision] * np.linalg.norm(wanted)
+    assert np.linalg.norm(got - wanted) < tower_verify.TOLERANCES[precision] * np.linalg.norm(wanted)
     names = sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir())
     assert names == sorted(f"{graph}.onnx{end}" for graph in (VISION, TEXT) for end in ("", "_data"))
     sizes = [(folder / "onnx" / f"{VISION}.onnx_data").stat().st_size for folder in (it.folder, tmp_path / "out")]
@@ -284,13 +286,13 @@ def test_a_mismatch_leaves_nothing(tmp_path, monkeypatch, exported):  # noqa: F8
 
 def test_one_image_in_eight_may_be_a_near_tie(tmp_path, monkeypatch, exported):  # noqa: F811
     copy_graphs(monkeypatch, exported("tome"))
-    true_distance, wrong = towers._distance, [0.2]
+    true_distance, wrong = tower_verify._distance, [0.2]
 
     def distance(got, wanted):
         far = true_distance(got, wanted)
         return np.append(far[:-1], wrong.pop()) if wrong else far
 
-    monkeypatch.setattr(towers, "_distance", distance)
+    monkeypatch.setattr(tower_verify, "_distance", distance)
     options = dict(method="tome", keep=0.4)
     manifest = export_tower(make_model("timm"), tmp_path / "out", **options)
     assert manifest.verified[VISION]["beyond"] == 1
@@ -307,7 +309,7 @@ def test_a_failed_trace_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(towers, "write_graph", fail)
+    monkeypatch.setattr(tower_graphs, "write_graph", fail)
     refuse(tmp_path, "cannot be traced .RuntimeError", UnsupportedModel, make_model("timm"))
     model = make_model("timm")
     with pytest.raises(UnsupportedModel):

@@ -7,12 +7,21 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 OPSET = 18
+
+
+def versions_used(*libraries: str) -> dict[str, str]:
+    """Versions of what makes a graph: tokensieve, torch, onnx, onnxruntime, and further distributions."""
+    import onnxruntime
+
+    found = {name: version(name) for name in ("tokensieve", "torch", "onnx", *libraries)}
+    return found | {"onnxruntime": onnxruntime.__version__}  # its distribution has another name on GPUs
 
 
 def write_graph(

@@ -29,14 +29,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tokensieve.errors import BadOption, UnsupportedModel
-from tokensieve.export.graph_file import OPSET, write_graph
+from tokensieve.export.graph_file import OPSET, versions_used, write_graph
 from tokensieve.export.language import (
     Decoder,
     Embedding,
@@ -108,8 +107,7 @@ def export_vlm(
             graphs={name: f"onnx/{name}.onnx" for name in shapes},
             inputs=shapes,
             model=model_facts(vlm, graph),
-            versions={name: version(name) for name in ("tokensieve", "torch", "transformers", "onnx")}
-            | {"onnxruntime": _onnxruntime_version()},
+            versions=versions_used("transformers"),
         )
         manifest.save(folder)
         if verify:
@@ -223,9 +221,3 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _onnxruntime_version() -> str:
-    import onnxruntime
-
-    return onnxruntime.__version__
