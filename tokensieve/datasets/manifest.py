@@ -128,7 +128,7 @@ def read_records(
         raise BadOption(f"Only dataset folders have splits, and {str(source)!r} is none.", hint="Leave split out.")
     else:
         files, folder = [source], source.parent
-    root = None if allow_outside else _root_of(folder)
+    root = None if allow_outside else root_of(folder)
     for file in files:
         if source.is_dir() and not _is_inside(file, root):
             raise BadOption(f"{str(file)!r} is a link out of the dataset's folder.", hint=_OUTSIDE)
@@ -185,7 +185,7 @@ def _generated_frames(source: tuple[str, int, int], read_options: Mapping[str, o
     return clip_frames(make_clip(*source), **read_options)
 
 
-def _root_of(folder: Path) -> Path:
+def root_of(folder: Path) -> Path:
     """Where links may lead. Snapshots in the Hugging Face cache link to the blobs of their repository."""
     for at in (folder.absolute(), *folder.absolute().parents):
         if at.parent.name == "snapshots" and (at.parent.parent / "blobs").is_dir():
