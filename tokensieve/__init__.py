@@ -48,10 +48,14 @@ _HOMES = {
     "TokensieveError": "tokensieve.errors",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+_ROOMS = ("decoding",)
+
+__all__ = ["__version__", *sorted([*_HOMES, *_ROOMS])]
 
 
 def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"tokensieve.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -173,6 +173,17 @@ def _answer_options(parser: ArgumentParser) -> None:
     _model(parser)
     _video(parser)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument(
+        "--decode", type=str, default="greedy", help="greedy, cautious, best-of, self-consistency or token-recycling"
+    )
+    parser.add_argument(
+        "--samples", type=int | None, default=None, help="answers drawn to choose from, 8; of cautious: most trials, 10"
+    )
+    parser.add_argument("--temperature", type=float | None, default=None, help="of draws; 0.6, of cautious 0.8")
+    parser.add_argument("--top_p", type=float | None, default=None, help="of draws; 0.9")
+    parser.add_argument(
+        "--matrix", type=str | None, default=None, help="of token-recycling: file to begin with, if there, and to write"
+    )
     _common(parser)
 
 
@@ -278,6 +289,35 @@ def _eval_options(parser: ArgumentParser) -> None:
     _common(parser)
 
 
+def _process_options(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, help="folder of videos, glob in quotes, or manifest (JSONL, CSV, Parquet)")
+    parser.add_argument("--out", type=str, required=True, help="new folder; or that of a stopped job, to go on with it")
+    parser.add_argument("--task", type=str, default="answer", help="answer, caption or features")
+    parser.add_argument(
+        "--question", nargs="+", type=str, default=[], help="one or more, for clips whose row has none of its own"
+    )
+    _model(parser)
+    _video(parser)
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--feature_dtype", type=str, default="float32", help="float32 or float16, as stored")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at once; changes no answer")
+    parser.add_argument("--workers", type=int | None, default=None, help="decoders at once; as many as processors")
+    parser.add_argument("--ahead_mb", type=int, default=512, help="decoded frames that may wait for the model, MiB")
+    parser.add_argument("--timeout_s", type=float, default=120.0, help="longest time for decoding one file")
+    parser.add_argument("--memory_mb", type=int, default=3072, help="most memory for decoding one file, MiB")
+    parser.add_argument("--rows", type=int, default=256, help="most rows of a part")
+    parser.add_argument("--seconds", type=float, default=30.0, help="longest that a finished row waits for its part")
+    parser.add_argument("--limit", type=int | None, default=None, help="the first clips only")
+    parser.add_argument("--retry_failed", action=ActionYesNo, default=False, help="do failed clips once more")
+    parser.add_argument(
+        "--mix", action=ActionYesNo, default=False, help="keep rows made with other options in the folder"
+    )
+    parser.add_argument(
+        "--allow_outside", action=ActionYesNo, default=False, help="let links and paths lead out of the source's folder"
+    )
+    _common(parser)
+
+
 def _tiny_options(parser: ArgumentParser) -> None:
     from tokensieve.pipeline.tiny_recipe import STAGES, TinyRecipe
 
@@ -322,6 +362,7 @@ COMMANDS = {
     "show": Command("draw what the model still looks at", _show_options, _lazy("show")),
     "methods": Command("list the compression methods", _methods_options, _lazy("methods")),
     "eval": Command("compare methods: accuracy, tokens and time in one report", _eval_options, _lazy("evaluate")),
+    "process": Command("work through a folder or manifest of clips, one row each", _process_options, _lazy("process")),
     "bench": Command("measure time and memory with and without compression", _bench_options, _lazy("bench")),
     "export": Command("write a compressed model as ONNX graphs", _export_options, _lazy("export")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),

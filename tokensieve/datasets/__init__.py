@@ -15,6 +15,7 @@ _HOME_OF = {
     "clip_frames": "clip_files",
     "generated_records": "manifest",
     "make_clip": "clips",
+    "open_results": "results",
     "read_folder": "video",
     "read_image": "video",
     "read_media": "video",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.compression import Plan, keep_all
+from tokensieve.decoding.ledger import Ledger, counted
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.adapter import VisualItem, VLMAdapter
 from tokensieve.pipeline.generation import generate_options, num_generated, num_sequences
@@ -222,20 +223,29 @@ class VLM:
             question: as in `prepare`.
             max_new_tokens: longest answer.
             read_options: passed to `read_video`.
-            **generate: passed to `model.generate`; greedy unless told otherwise.
+            **generate: passed to `model.generate`; greedy unless told otherwise. With `custom_generate`, say one of
+                `tokensieve.decoding`, prompts are answered one by one.
 
         Returns:
             `Answer`, or a list of them if `media` or `question` is a list. With `num_return_sequences` above 1
             a list of that many answers stands in place of each.
 
         Raises:
-            BadOption, MediaError: as `prepare`, or `max_new_tokens` is not a whole number above 0.
+            BadOption, MediaError: as `prepare`, `max_new_tokens` is not a whole number above 0, or an argument that
+                `generate` would drop without a word beside `custom_generate`.
         """
         single = not isinstance(media, list) and not isinstance(question, list)
         media, questions = as_batch(media, question)
         options = generate_options(self.model, max_new_tokens, generate)
-        if len(media) > 1 and max(num_sequences(self.model, options)) > 1:
-            # Beams over prompts of unequal length are wrong in some families (see RaggedFeatures): one by one.
+        custom = options.get("custom_generate") is not None
+        if custom:
+            from tokensieve.decoding.loop import check_arguments
+
+            check_arguments(options)
+            options["return_dict_in_generate"] = True
+        if len(media) > 1 and (custom or max(num_sequences(self.model, options)) > 1):
+            # Beams over prompts of unequal length are wrong in some families (see RaggedFeatures): one by one. So are
+            # decoding methods, some of which take one prompt only, and whose costs are told for each.
             batches = [([m], [q]) for m, q in zip(media, questions, strict=True)]
         else:
             batches = [(media, questions)]
@@ -247,25 +257,32 @@ class VLM:
     @torch.no_grad()
     def _generate(self, prepared: Prepared, options: Mapping[str, object]) -> list:
         seconds = dict(prepared.seconds)
-        with _timed(seconds, "generate", self.model.device):
+        ledger = Ledger()
+        with _timed(seconds, "generate", self.model.device), counted(self.model, ledger):
             out = self.model.generate(**prepared, **options)
         ids = out if isinstance(out, Tensor) else out.sequences
         new = ids[:, prepared["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         returned = len(new) // len(prepared.clips)
+        lengths = [num_generated(row, self.model, options) for row in new]
+        made = getattr(out, "ledger", ledger)
+        one_a_pass = ledger.forward_passes == max(lengths)
         answers = [
             Answer(
                 answer=text.strip(),
                 visual_tokens=prepared.visual_tokens(i // returned) | self._last_layer(i // returned),
                 prompt_tokens=prepared.prompt_tokens[i // returned],
-                generated_tokens=num_generated(row, self.model, options),
+                generated_tokens=length,
                 seconds=dict(seconds),
                 model=self.name,
                 method=self.compression.name if self.compression else None,
                 keep=self.compression.keep if self.compression else 1.0,
                 notes=prepared.clips[i // returned].notes,
+                drafted_tokens=made.drafted_tokens,
+                accepted_tokens=made.accepted_tokens,
+                forward_passes=None if one_a_pass else ledger.forward_passes,
             )
-            for i, (text, row) in enumerate(zip(texts, new, strict=True))
+            for i, (text, length) in enumerate(zip(texts, lengths, strict=True))
         ]
         return answers if returned == 1 else [answers[i : i + returned] for i in range(0, len(answers), returned)]
 

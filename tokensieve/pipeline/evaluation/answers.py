@@ -40,12 +40,14 @@ class Said:
         text: the answer.
         visual_tokens: how many the language model got; with a method inside it, how many reached its last layer.
         prompt_tokens: text and visual tokens that it got.
+        generated_tokens: tokens up to and including the end token.
         seconds: of generating; the prompts of a batch have equal shares.
     """
 
     text: str
     visual_tokens: int
     prompt_tokens: int
+    generated_tokens: int
     seconds: float
 
 
@@ -95,9 +97,16 @@ def _answer(
     lengths = emitted["attention_mask"].sum(-1).tolist()
     said: list[Said | None] = []
     for row, text in enumerate(texts):
-        steps = close.steps[: num_generated(new[row], vlm.model, options)]
+        length = num_generated(new[row], vlm.model, options)
+        steps = close.steps[:length]
         unsure = len(prompts) > 1 and any(step[row] for step in steps)
-        answer = Said(text=text.strip(), visual_tokens=left[row], prompt_tokens=lengths[row], seconds=seconds)
+        answer = Said(
+            text=text.strip(),
+            visual_tokens=left[row],
+            prompt_tokens=lengths[row],
+            generated_tokens=length,
+            seconds=seconds,
+        )
         said.append(None if unsure else answer)
     return said
 

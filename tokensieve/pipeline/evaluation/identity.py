@@ -51,11 +51,12 @@ def _described(setting: Setting) -> str:
     text = f"{setting.method}, keep {setting.keep:g}"
     for stage in setting.compression.stages:
         if stage.options:
-            text += f", {stage.method.name} { ({name: _plain(value) for name, value in stage.options.items()}) }"
+            text += f", {stage.method.name} { ({name: plain(value) for name, value in stage.options.items()}) }"
     return text
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """The value of a method's option as JSON can hold it; a module by its weights."""
     if isinstance(value, nn.Module):
         return weights_hash(value)[:16]
     return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value

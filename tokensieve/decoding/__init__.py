@@ -1,0 +1,45 @@
+"""How the answer is generated: ways to decode that work with any transformers language or vision-language model.
+
+Each is a factory; what it returns goes into `model.generate(..., custom_generate=...)` or `VLM.answer(...)`:
+
+    >>> careful = ts.decoding.cautious(ts.decoding.punctuation_ids(vlm.processor))
+    >>> vlm.answer("clip.mp4", "What happens?", custom_generate=careful, do_sample=True)
+
+Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+# No module may have the name of what it holds: importing it would hide the function.
+_HOMES = {
+    "DecodeSession": "tokensieve.decoding.session",
+    "Decoding": "tokensieve.decoding.loop",
+    "DecodeOutput": "tokensieve.decoding.loop",
+    "Ledger": "tokensieve.decoding.ledger",
+    "cautious": "tokensieve.decoding.cntp",
+    "num_trials": "tokensieve.decoding.cntp",
+    "punctuation_ids": "tokensieve.decoding.cntp",
+    "best_of": "tokensieve.decoding.samples",
+    "self_consistency": "tokensieve.decoding.samples",
+    "self_certainty": "tokensieve.decoding.voting",
+    "borda_votes": "tokensieve.decoding.voting",
+    "Vote": "tokensieve.decoding.voting",
+    "token_recycling": "tokensieve.decoding.recycling",
+    "RecyclingMatrix": "tokensieve.decoding.recycling_matrix",
+    "DraftTree": "tokensieve.decoding.draft_tree",
+    "static_tree": "tokensieve.decoding.draft_tree",
+    "recycling_chain": "tokensieve.decoding.chain",
+    "RecyclingCandidates": "tokensieve.decoding.chain",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tokensieve.decoding' has no attribute {name!r}")
