@@ -136,7 +136,8 @@ def report(found: dict[tuple[str, int, float], float], clips: int) -> str:
             means.append(sum(values) / len(values))
             cells.append(f"**{means[-1]:.1f}** ({min(values):.1f}–{max(values):.1f})")
         minutes = [json.loads((FOLDER / f"{name}-{s}" / "seconds.json").read_text()) / 60 for s in seeds]
-        cells.append(f"{len(seeds)} seeds, {sum(minutes) / len(minutes):.0f} min each")
+        count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        cells.append(f"{count}, {sum(minutes) / len(minutes):.0f} min each")
         rows.append((means[-1], f"| {label} | {' | '.join(cells)} |"))
     for method, by_keep in free.items():
         if all(keep in by_keep for keep in KEEPS):
@@ -164,7 +165,7 @@ def draw(out: str) -> None:
     from matplotlib import pyplot
 
     # Okabe and Ito's palette, told apart with colour-blind eyes.
-    colours = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7"]
+    colours = ["#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, keep in zip(axes, (0.1, 0.05), strict=True):
         for colour, (name, (label, _)) in zip(colours, SETUPS.items(), strict=True):

@@ -67,12 +67,12 @@ def test_no_page_names_a_registry_host_or_a_local_path():
 
 def test_every_public_name_has_a_line_in_the_docs():
     import tokensieve
-    from tokensieve import analysis, compression, datasets, decoding, errors, export, policies
+    from tokensieve import analysis, compression, datasets, decoding, errors, export, policies, vla
     from tokensieve.datasets import trajectories
     from tokensieve.pipeline import adaptation, families, towers
 
     rooms = (tokensieve, analysis, compression, datasets, trajectories, decoding, policies, export)
-    rooms += (adaptation, families, towers)
+    rooms += (adaptation, families, towers, vla)
     names = {name for room in rooms for name in room.__all__} - {"__version__"}
     names |= {name for name, value in vars(errors).items() if isinstance(value, type)}
     page = (ROOT / "docs" / "api.md").read_text()

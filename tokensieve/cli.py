@@ -184,6 +184,9 @@ def _answer_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--matrix", type=str | None, default=None, help="of token-recycling: file to begin with, if there, and to write"
     )
+    parser.add_argument(
+        "--json_schema", type=str | None, default=None, help="file with a JSON schema that answers keep to"
+    )
     _common(parser)
 
 

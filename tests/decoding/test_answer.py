@@ -161,3 +161,18 @@ def test_noise_can_be_asked_too(vlm):
     custom = decoding.cautious(decoding.punctuation_ids(vlm.processor))
     answer = vlm.answer(noise, "What?", max_new_tokens=9, do_sample=True, temperature=3.0, custom_generate=custom)
     assert 1 <= answer.generated_tokens <= 9
+
+
+def test_answers_keep_to_a_schema_file(files, tmp_path, capsys):
+    pytest.importorskip("xgrammar")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"digit": {"enum": [1, 2, 3]}}, "required": ["digit"]}')
+    asked = ["answer", *files, QUESTION, "--json", "--max_new_tokens", "40", "--json_schema"]
+    for decode in ([], ["--decode", "token-recycling"], ["--decode", "best-of", "--samples", "2"]):
+        assert main([*asked, str(schema), *decode]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            assert set(json.loads(json.loads(line)["answer"])) == {"digit"}
+    assert main([*asked, str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().out

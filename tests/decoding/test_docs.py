@@ -18,7 +18,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     next(Path("demo").glob("*.mp4")).rename("clip.mp4")
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "docs/decoding.md", "exec"), names)
     assert "True True True" in capsys.readouterr().out

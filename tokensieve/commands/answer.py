@@ -27,6 +27,7 @@ def run(options) -> int:
     check_decoding(options)
     vlm, budget = load_answering(options)
     decode, finish = decoding_of(options, vlm)
+    decode |= grammar_of(options, vlm)
     code = 0
     for clip in options.clip:
         try:
@@ -99,6 +100,19 @@ def decoding_of(options, vlm) -> tuple[dict[str, object], Callable[[], None]]:
         "temperature": temperature if options.temperature is None else options.temperature,
         "top_p": 0.9 if options.top_p is None else options.top_p,
     }, lambda: None
+
+
+def grammar_of(options, vlm) -> dict[str, object]:
+    """What `--json_schema` adds to the arguments of `VLM.answer`."""
+    if options.json_schema is None:
+        return {}
+    if not hasattr(vlm, "processor"):
+        raise BadOption(
+            "An exported model keeps to no schema.", hint="Leave --json_schema out, or give the model itself."
+        )
+    from tokensieve.decoding import json_schema
+
+    return {"logits_processor": [json_schema(vlm.processor, Path(options.json_schema))]}
 
 
 def _print(clip: str | None, answer) -> None:

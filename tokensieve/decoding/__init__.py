@@ -32,6 +32,23 @@ _HOMES = {
     "static_tree": "tokensieve.decoding.draft_tree",
     "recycling_chain": "tokensieve.decoding.chain",
     "RecyclingCandidates": "tokensieve.decoding.chain",
+    "ZeroTuning": "tokensieve.decoding.zero_tuning",
+    "find_sinks": "tokensieve.decoding.zero_tuning",
+    "search_gamma": "tokensieve.decoding.zero_tuning_search",
+    "GammaSearch": "tokensieve.decoding.zero_tuning_search",
+    "answer_entropy": "tokensieve.decoding.zero_tuning_search",
+    "first_token_accuracy": "tokensieve.decoding.zero_tuning_search",
+    "ByteVocabulary": "tokensieve.decoding.byte_vocabulary",
+    "ByteSession": "tokensieve.decoding.byte_session",
+    "sample_bytes": "tokensieve.decoding.byte_sampling",
+    "ByteOutput": "tokensieve.decoding.byte_sampling",
+    "average_law": "tokensieve.decoding.byte_sampling",
+    "middle_prompt": "tokensieve.decoding.byte_sampling",
+    "GrammarProcessor": "tokensieve.decoding.grammar",
+    "json_schema": "tokensieve.decoding.grammar",
+    "regex": "tokensieve.decoding.grammar",
+    "ebnf": "tokensieve.decoding.grammar",
+    "choice": "tokensieve.decoding.grammar",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,0 +1,50 @@
+"""Behaviour tokens: what an agent does over many steps as a few tokens of a language model (OmniJARVIS).
+
+A trunk of frames becomes a code of d digits, the code d tokens of an extended vocabulary; a small policy turns the code
+back into actions, one per frame. There is no official code: this is an independent implementation from the paper.
+
+Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "FSQ": "tokensieve.vla.fsq",
+    "BehaviourVocabulary": "tokensieve.vla.vocabulary",
+    "add_behaviour_tokens": "tokensieve.vla.vocabulary",
+    "SubTask": "tokensieve.vla.packing",
+    "Packed": "tokensieve.vla.packing",
+    "Packer": "tokensieve.vla.packing",
+    "collate": "tokensieve.vla.packing",
+    "BehaviourConstraint": "tokensieve.vla.constrained",
+    "BehaviourConfig": "tokensieve.vla.config",
+    "num_plans": "tokensieve.vla.config",
+    "Trunks": "tokensieve.vla.trunks",
+    "cut_trunks": "tokensieve.vla.trunks",
+    "join_trunks": "tokensieve.vla.trunks",
+    "BehaviourEncoder": "tokensieve.vla.encoder",
+    "PolicyDecoder": "tokensieve.vla.decoder",
+    "History": "tokensieve.vla.decoder",
+    "BehaviourTokeniser": "tokensieve.vla.tokeniser",
+    "cloning_loss": "tokensieve.vla.tokeniser",
+    "action_accuracy": "tokensieve.vla.tokeniser",
+    "BehaviourModule": "tokensieve.vla.module",
+    "ActionTokeniser": "tokensieve.vla.action_tokens",
+    "CountDown": "tokensieve.vla.action_tokens",
+    "QuantileScale": "tokensieve.vla.action_tokens",
+    "BinnedActions": "tokensieve.vla.binned_actions",
+    "FastActions": "tokensieve.vla.fast_actions",
+    "ResidualVQActions": "tokensieve.vla.residual_vq_actions",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tokensieve.vla' has no attribute {name!r}")
