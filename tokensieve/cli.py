@@ -304,7 +304,16 @@ def _process_options(parser: ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--feature_dtype", type=str, default="float32", help="float32 or float16, as stored")
     parser.add_argument("--batch", type=int, default=8, help="prompts at once; changes no answer")
-    parser.add_argument("--workers", type=int | None, default=None, help="decoders at once; as many as processors")
+    parser.add_argument("--engine", type=str, default="local", help="local; ray: actors, each with a model")
+    parser.add_argument(
+        "--address", type=str | None, default=None, help="of a Ray cluster: HOST:PORT or auto; else Ray starts here"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="decoders at once, as many as processors; of ray: in every actor, 1, with GPUs their share of processors",
+    )
     parser.add_argument("--ahead_mb", type=int, default=512, help="decoded frames that may wait for the model, MiB")
     parser.add_argument("--timeout_s", type=float, default=120.0, help="longest time for decoding one file")
     parser.add_argument("--memory_mb", type=int, default=3072, help="most memory for decoding one file, MiB")

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 from tokensieve.commands.output import load_answering, print_json, read_options
 from tokensieve.errors import BadOption, MediaError, TokensieveError
 
 MB = 1 << 20
 MAX_RUNS = 1000  # that the record remembers
+ENGINES = ("local", "ray")
 
 
 def run(options) -> int:
@@ -34,18 +36,19 @@ def run(options) -> int:
     for name in ("workers", "ahead_mb", "memory_mb", "batch", "rows", "seconds", "max_new_tokens"):
         if options[name] is not None and options[name] <= 0:
             raise BadOption(f"--{name} must be above 0, got {options[name]}.")
+    _check_engine(options)
     limits = Limits(timeout_s=options.timeout_s, memory_bytes=options.memory_mb * MB)
     found = find_inputs(options.source, allow_outside=options.allow_outside, limit=options.limit)
     inputs = with_questions(found.inputs, options.task, options.question)
     folder = Folder(options.out)
-    with folder.locked():
-        step, made_with = _step(options, frames, limits)
-        fingerprint = folder.admit(made_with, step.schema, mix=options.mix)
+    with folder.locked(), _engine(options, partial(_step, options, frames, limits)) as engine:
+        fingerprint = folder.admit(engine.made_with, engine.schema, mix=options.mix)
         to_do, counts = folder.resume(inputs, retry_failed=options.retry_failed)
         _tell(counts, found.skipped)
-        writer = folder.writer(step.schema, fingerprint, max_rows=options.rows, max_s=options.seconds)
-        progress = _work(options, to_do, step, writer, limits, frames, len(inputs))
-        record = folder.finish(_facts(options, folder, found, inputs, counts, progress, fingerprint))
+        given = {"limits": limits, "read_options": frames, "ahead_bytes": options.ahead_mb * MB}
+        given |= {"max_rows": options.rows, "max_s": options.seconds}
+        progress = _work(options, partial(engine.run, to_do, folder, fingerprint, **given), len(inputs), len(to_do))
+        record = folder.finish(_facts(options, folder, found, inputs, counts, progress, fingerprint, engine.facts()))
     if progress.stopped:
         raise KeyboardInterrupt
     if options.json:
@@ -91,36 +94,61 @@ def _step(options, frames, limits):
     return step, torch_options(vlm, **task)
 
 
-def _work(options, to_do, step, writer, limits, frames, num_inputs: int):
-    """Runs the engine; on a GPU that is full, one sentence."""
-    from tokensieve.pipeline.batch.engine import run as run_engine
+def _check_engine(options) -> None:
+    if options.engine not in ENGINES:
+        raise BadOption(f"--engine must be one of {', '.join(ENGINES)}, got {options.engine!r}.")
+    if options.address is not None and options.engine != "ray":
+        raise BadOption("--address is of a Ray cluster.", hint="Add --engine ray.")
+    if options.engine == "ray" and (options.device or "").startswith("cuda:"):
+        raise BadOption(
+            f"--device {options.device} names one GPU, and Ray gives every actor one of its own.", hint="Say cuda."
+        )
 
-    oom = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+
+@contextmanager
+def _engine(options, make) -> Iterator:
+    """Yields what has the step, or the actors that have it: `run`, `schema`, `made_with` and `facts`."""
+    if options.engine == "local":
+        yield _LocalEngine(make, options.workers or min(os.cpu_count() or 1, 16))
+        return
+    from tokensieve.pipeline.batch.ray_engine import RayEngine, connected
+
+    with connected(options.address):
+        yield RayEngine(make, options.workers, use_gpu=options.device in (None, "cuda"))
+
+
+class _LocalEngine:
+    """`batch.engine` in the form of `RayEngine`."""
+
+    def __init__(self, make, workers: int):
+        self.step, self.made_with = make()
+        self.schema, self.workers = self.step.schema, workers
+
+    def run(self, inputs, folder, fingerprint: str, *, max_rows: int, max_s: float, **given):
+        from tokensieve.pipeline.batch.engine import run as run_engine
+
+        writer = folder.writer(self.schema, fingerprint, max_rows=max_rows, max_s=max_s)
+        return run_engine(inputs, self.step, writer, workers=self.workers, **given)
+
+    def facts(self) -> dict[str, object]:
+        return {"engine": "local", "workers": self.workers}
+
+
+def _work(options, run_engine, num_inputs: int, num_to_do: int):
+    """Runs the engine; on a GPU that is full, one sentence."""
     try:
-        with _stopping() as stop, _progress(num_inputs, num_inputs - len(to_do), options.json) as report:
-            return run_engine(
-                to_do,
-                step,
-                writer,
-                limits=limits,
-                read_options=frames,
-                workers=_workers(options),
-                ahead_bytes=options.ahead_mb * MB,
-                stop=stop,
-                report=report,
-            )
-    except oom:
+        with _stopping() as stop, _progress(num_inputs, num_inputs - num_to_do, options.json) as report:
+            return run_engine(stop=stop, report=report)
+    except Exception as error:
+        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            raise
         raise TokensieveError(
             "The GPU has no memory left; rows in finished parts are kept.",
             hint="Go on with the same command and a smaller --batch.",
         ) from None
 
 
-def _workers(options) -> int:
-    return options.workers or min(os.cpu_count() or 1, 16)
-
-
-def _facts(options, folder, found, inputs, counts, progress, fingerprint: str) -> dict[str, object]:
+def _facts(options, folder, found, inputs, counts, progress, fingerprint: str, engine) -> dict[str, object]:
     """What the record says of the job, and of this run of it."""
     from tokensieve.pipeline.batch.identity import versions
 
@@ -128,8 +156,7 @@ def _facts(options, folder, found, inputs, counts, progress, fingerprint: str) -
     this = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": fingerprint,
-        "engine": "local",
-        "workers": _workers(options),
+        **engine,
         "batch": options.batch,
         "rows": progress.num_rows,
         **{name: count for name, count in counts.items() if name != "done"},
