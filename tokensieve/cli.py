@@ -349,13 +349,89 @@ def _train_options(parser: ArgumentParser) -> None:
         trainers.add_subcommand(name, ArgumentParser(description=text, exit_on_error=False), help=text)
 
 
-def _lazy(name: str) -> Callable[[Namespace], int]:
-    """`tokensieve.commands.<name>.run`, imported when it is called."""
+def _collect_options(parser: ArgumentParser) -> None:
+    _levels(parser)
+    parser.add_argument("--episodes", type=int, default=2000, help="worlds that the bot tries")
+    parser.add_argument("--out", type=str, required=True, help="new file: *.npz")
+    parser.add_argument("--split", type=str, default="train", help="train, val or test: disjoint seeds")
+    parser.add_argument("--first", type=int, default=0, help="leave out so many worlds of the split")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of steps with a random action instead")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    _common(parser)
+
+
+def _levels(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--level", type=_Listed(str), default=["BabyAI-ActionObjDoor-v0"], help="one or more, in turns: A,B"
+    )
+
+
+def _steps(parser: ArgumentParser, steps: int) -> None:
+    parser.add_argument("--data", type=str, required=True, help="episodes of `vla collect`")
+    parser.add_argument("--out", type=str, required=True, help="new folder")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=128, help="windows of episodes a step")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and draws")
+
+
+def _tokenise_options(parser: ArgumentParser) -> None:
+    _steps(parser, 900)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--levels", type=_Listed(int), default=[8, 6, 5], help="of the code; 8,8,8,6,5 in the paper")
+    parser.add_argument("--trunk_length", type=int, default=8, help="steps that a code describes; 128 in the paper")
+    parser.add_argument("--replan", type=int, default=4, help="steps between plans, kept with the tokeniser")
+    _common(parser)
+
+
+def _planner_options(parser: ArgumentParser) -> None:
+    _steps(parser, 2600)
+    parser.add_argument("--tokeniser", type=str | None, default=None, help="folder of `vla tokenise`")
+    parser.add_argument(
+        "--model",
+        type=str,
+        default="small",
+        help="small: a planner for grid worlds; tiny, a folder or hub id: a vision-language model; cloning: the "
+        "baseline without behaviour tokens",
+    )
+    parser.add_argument("--lr", type=float | None, default=None, help="peak; 1e-3, of a vision-language model 1.4e-5")
+    parser.add_argument("--visual", type=str, default="resampled", help="of small: 4 tokens resampled, or patches")
+    parser.add_argument("--method", type=str | None, default=None, help="that drops patches, or the model's tokens")
+    parser.add_argument("--keep", type=_Listed(float), default=[1.0], help="budget; of several each step draws one")
+    _common(parser)
+
+
+def _rollout_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--planner", type=str, required=True, help="folder of `vla train`, or random")
+    parser.add_argument("--tokeniser", type=str | None, default=None, help="folder of `vla tokenise`")
+    _levels(parser)
+    parser.add_argument("--episodes", type=int, default=300, help="worlds of the test split")
+    parser.add_argument("--replan", type=int | None, default=None, help="steps between plans; the tokeniser's own")
+    parser.add_argument("--max_steps", type=int | None, default=None, help="24, say, instead of the level's own limit")
+    parser.add_argument("--method", type=str | None, default=None, help="that drops visual tokens; as trained")
+    parser.add_argument("--keep", type=float | None, default=None, help="its budget: share or number; 0.25")
+    parser.add_argument("--control", type=str, default="none", help="none; instructions or codes of other episodes")
+    parser.add_argument("--greedy", action=ActionYesNo, default=False, help="the likeliest action instead of a draw")
+    parser.add_argument("--batch", type=int, default=64, help="environments at once")
+    parser.add_argument("--video", type=str | None, default=None, help="file for the first episodes: *.mp4")
+    parser.add_argument("--seed", type=int, default=0, help="of draws")
+    _common(parser)
+
+
+def _vla_options(parser: ArgumentParser) -> None:
+    steps = parser.add_subcommands(metavar="WHAT")
+    for name, step in VLA.items():
+        sub = ArgumentParser(description=step.help, exit_on_error=False)
+        steps.add_subcommand(name, sub, help=step.help)
+        step.add_options(sub)
+
+
+def _lazy(name: str, function: str = "run") -> Callable[[Namespace], int]:
+    """A function of `tokensieve.commands.<name>`, imported when it is called."""
 
     def run(options: Namespace) -> int:
         import importlib
 
-        return importlib.import_module(f"tokensieve.commands.{name}").run(options)
+        return getattr(importlib.import_module(f"tokensieve.commands.{name}"), function)(options)
 
     return run
 
@@ -366,6 +442,12 @@ POLICY_TRAINERS = {
     "distil": "train a compression policy without labels, from the model that sees all tokens",
 }
 TRAINERS = {"tiny": Command("train the shipped model from nothing", _tiny_options, _lazy("train_tiny"))}
+VLA = {
+    "collect": Command("let the bot of BabyAI levels make episodes", _collect_options, _lazy("vla", "collect")),
+    "tokenise": Command("train a behaviour tokeniser on them", _tokenise_options, _lazy("vla", "tokenise")),
+    "train": Command("train a planner that writes behaviour tokens", _planner_options, _lazy("vla", "train")),
+    "rollout": Command("let planner and tokeniser act in new worlds", _rollout_options, _lazy("vla", "rollout")),
+}
 COMMANDS = {
     "demo": Command(
         "ask the shipped model about a clip, with all and with a quarter of the tokens", _demo_options, _lazy("demo")
@@ -379,6 +461,7 @@ COMMANDS = {
     "export": Command("write a compressed model as ONNX graphs", _export_options, _lazy("export")),
     "clips": Command("write generated clips with questions and answers", _clips_options, _lazy("clips")),
     "train": Command("train a model", _train_options, partial(_dispatch, TRAINERS)),
+    "vla": Command("behaviour tokens: collect, tokenise, train, rollout", _vla_options, partial(_dispatch, VLA)),
 }
 
 

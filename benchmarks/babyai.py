@@ -1,0 +1,269 @@
+"""Behaviour tokens on BabyAI levels: success against calls of the big model, and with fewer visual tokens.
+
+    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # hours on one core
+    python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                       # minutes; says nothing
+
+What is in the folder already is left alone, so that a stopped run goes on where it was; another set of options needs
+another folder. One seed trains tokeniser, planner (4 resampled tokens), planner (49 patches, budgets drawn while it
+learns) and cloning policy on the same episodes; all act in the same worlds of the test split, for at most 24 steps
+unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from tokensieve.datasets.trajectories import Episodes, generate_episodes, read_episodes, write_episodes
+from tokensieve.errors import BadOption
+from tokensieve.vla import (
+    BehaviourAgent,
+    BehaviourTokeniser,
+    CloningAgent,
+    CloningConfig,
+    CloningPolicy,
+    Planner,
+    PlannerConfig,
+    RandomAgent,
+    Training,
+    babyai_config,
+    roll_out,
+    summarise,
+    train_cloning,
+    train_planner,
+    train_tokeniser,
+    wilson,
+    words_of,
+)
+
+KEEPS = (49, 24, 12, 4)
+METHODS = ("uniform", "random", "norm-diversity", "divprune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The sizes of a run: kept in the folder, and compared when it is gone on with."""
+
+    levels: tuple[str, ...] = ("BabyAI-ActionObjDoor-v0",)
+    max_steps: int = 24
+    episodes: int = 20_000
+    tokeniser_steps: int = 900
+    planner_steps: int = 2600
+    cloning_steps: int = 2200
+    batch: int = 128
+    rollouts: int = 300
+    seeds: int = 3
+    intervals: tuple[int, ...] = (1, 4, 8, 16)
+    compressed_interval: int = 4
+
+
+SMOKE = Setup(
+    episodes=300,
+    tokeniser_steps=20,
+    planner_steps=20,
+    cloning_steps=20,
+    batch=32,
+    rollouts=12,
+    seeds=1,
+)
+
+
+def check_folder(folder: Path, setup: Setup) -> None:
+    """Writes `setup.json`, or refuses a folder of another set-up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {name: value for name, value in asdict(setup).items() if name != "seeds"}  # more may follow later
+    path, text = folder / "setup.json", json.dumps(sizes, indent=2)
+    if path.exists() and path.read_text() != text:
+        raise BadOption(f"{str(folder)!r} holds a run of another set-up.", hint="Choose another --folder.")
+    path.write_text(text)
+
+
+def episodes_of(folder: Path, setup: Setup) -> Episodes:
+    path = folder / "data.npz"
+    if not path.exists():
+        print("episodes ...", flush=True)
+        workers = os.cpu_count() or 1
+        write_episodes(path, generate_episodes(setup.levels, setup.episodes, num_workers=workers))
+    return read_episodes(path)
+
+
+def trained(folder: Path, name: str, make: Callable[[Path], tuple[object, dict[str, float]]]) -> None:
+    """Leaves a model in `folder/name` with its metrics and seconds, unless it is there."""
+    out = folder / name
+    if (out / "metrics.json").exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"{out} ...", flush=True)
+    start = time.process_time()
+    model, metrics = make(out)
+    model.save_pretrained(out)
+    facts = {"cpu_seconds": time.process_time() - start, **metrics}
+    (out / "metrics.json").write_text(json.dumps(facts, indent=2))
+
+
+def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> None:
+    """All models of one seed."""
+    words = words_of(episodes.missions.tolist())
+
+    def training(steps: int, logs: Path) -> Training:
+        return Training(steps=steps, batch=setup.batch, seed=seed, warmup_steps=min(100, steps // 10), logs=logs)
+
+    def tokeniser(out: Path):
+        return train_tokeniser(episodes, babyai_config(), training(setup.tokeniser_steps, out))
+
+    def planner(visual: str):
+        def make(out: Path):
+            tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
+            model, keeps = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed), ()
+            if visual == "patches":
+                model.compress("random", KEEPS[0], seed=seed)
+                keeps = KEEPS
+            of = training(setup.planner_steps, out)
+            return model, train_planner(model, episodes, tok, of, keeps=keeps)
+
+        return make
+
+    def cloning(out: Path):
+        return train_cloning(episodes, CloningConfig(words=words), training(setup.cloning_steps, out))
+
+    trained(folder, "tokeniser", tokeniser)
+    trained(folder, "resampled", planner("resampled"))
+    trained(folder, "patches", planner("patches"))
+    trained(folder, "cloning", cloning)
+
+
+def settings(setup: Setup) -> list[tuple[str, dict[str, object]]]:
+    """Name and options of every roll-out of a seed."""
+    control, found = setup.compressed_interval, [("random actions", {"who": "random"})]
+    found.append(("cloning, every step", {"who": "cloning"}))
+    found += [(f"ours, N = {n}", {"who": "resampled", "interval": n}) for n in setup.intervals]
+    for what in ("codes", "instructions"):
+        found.append((f"ours, N = {control}, {what} shuffled", {"who": "resampled", "interval": control, what: True}))
+    found.append((f"patches, all {KEEPS[0]}", {"who": "patches", "interval": control}))
+    for method in METHODS:
+        for keep in KEEPS[1:]:
+            options = {"who": "patches", "interval": control, "method": method, "keep": keep}
+            found.append((f"patches, {method}, {keep}", options))
+    return found
+
+
+def agent_of(folder: Path, options: dict[str, object], seed: int):
+    if options["who"] == "random":
+        return RandomAgent(seed=seed)
+    if options["who"] == "cloning":
+        return CloningAgent(CloningPolicy.from_pretrained(folder / "cloning"), seed=seed)
+    planner = Planner.from_pretrained(folder / str(options["who"]))
+    if options["who"] == "patches":
+        planner.compress(options.get("method"), options.get("keep", 1.0), seed=seed)
+    tokeniser = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
+    return BehaviourAgent(planner, tokeniser, options["interval"], shuffle_codes="codes" in options, seed=seed)
+
+
+def evaluate_seed(folder: Path, setup: Setup, seed: int) -> None:
+    """Every roll-out that `folder/results` lacks."""
+    (folder / "results").mkdir(exist_ok=True)
+    waiting = [(name, options, _result(folder, name)) for name, options in settings(setup)]
+    waiting = [one for one in waiting if not one[2].exists()]
+    for _, options, path in track(waiting, f"roll-outs, seed {seed}", console=Console(stderr=True)):
+        traces = roll_out(
+            agent_of(folder, options, seed),
+            setup.levels,
+            setup.rollouts,
+            max_steps=setup.max_steps,
+            shuffle_instructions="instructions" in options,
+            seed=seed,
+        )
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(summarise(traces), indent=2))
+        part.replace(path)
+
+
+def report(folder: Path, setup: Setup, command: str) -> str:
+    """Markdown: one table of all settings, and how long trainings took."""
+    head = "| agent | success, % (95 %) | seeds | calls a step | visual tokens | named cell kept, % |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for name, _ in settings(setup):
+        found = [json.loads(_result(folder / f"seed{s}", name).read_text()) for s in range(setup.seeds)]
+        num = sum(one["episodes"] for one in found)
+        low, high = wilson(sum(round(one["success"] * one["episodes"]) for one in found), num)
+        share = sum(one["success"] * one["episodes"] for one in found) / num
+        each = ", ".join(f"{100 * one['success']:.1f}" for one in found)
+        calls = sum(one["calls_per_step"] * one["steps"] for one in found) / sum(one["steps"] for one in found)
+        cells = [name, f"**{100 * share:.1f}** ({100 * low:.1f}–{100 * high:.1f})", each, f"{calls:.2f}"]
+        cells += [_mean(found, "visual_tokens", ".0f"), _mean(found, "named_kept", ".1f", 100)]
+        lines.append(f"| {' | '.join(cells)} |")
+    times = []
+    for what in ("tokeniser", "resampled", "patches", "cloning"):
+        facts = [json.loads((folder / f"seed{s}" / what / "metrics.json").read_text()) for s in range(setup.seeds)]
+        times.append(f"{what} {sum(one['cpu_seconds'] for one in facts) / len(facts):.0f} s")
+    return "\n".join(
+        [
+            f"{', '.join(setup.levels)}; {setup.rollouts} episodes a seed, {setup.seeds} seed(s), at most "
+            f"{setup.max_steps} steps, actions drawn, codes likeliest; {setup.episodes} episodes of the bot to learn "
+            "from. Intervals are Wilson's over episodes of all seeds; they hold nothing about the spread of trainings, "
+            "which the seeds show. "
+            f"CPU seconds a training: {', '.join(times)}. {platform.machine()} CPU, one thread, bfloat16 autocast, "
+            f"torch {torch.__version__}. Named cell kept: of plans with a cell in view that holds a thing of the "
+            "instruction, the share whose planner kept one.",
+            "",
+            *lines,
+            "",
+            f"Made by `{command}`.",
+        ]
+    )
+
+
+def _mean(found: Sequence[dict], name: str, form: str, factor: float = 1) -> str:
+    values = [one[name] for one in found if one[name] is not None]
+    return f"{factor * sum(values) / len(values):{form}}" if values else "-"
+
+
+def _result(folder: Path, name: str) -> Path:
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    return folder / "results" / f"{slug}.json"
+
+
+def _command(options: argparse.Namespace, setup: Setup) -> str:
+    smoke = " --smoke" if options.smoke else ""
+    sizes = f"--levels {' '.join(setup.levels)} --max_steps {setup.max_steps} --seeds {setup.seeds}"
+    return f"python benchmarks/babyai.py{smoke} {sizes}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/babyai"), help="of data, models and results")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs")
+    parser.add_argument("--levels", nargs="+", default=Setup.levels, help="in turns; another folder for others")
+    parser.add_argument("--max_steps", type=int, default=Setup.max_steps, help="more for levels of several rooms")
+    parser.add_argument("--seeds", type=int, default=None, help="3, of a smoke run 1")
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file for the table; else it is printed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    setup = replace(SMOKE if options.smoke else Setup(), levels=tuple(options.levels), max_steps=options.max_steps)
+    setup = setup if options.seeds is None else replace(setup, seeds=options.seeds)
+    check_folder(options.folder, setup)
+    episodes = episodes_of(options.folder, setup)
+    for seed in range(setup.seeds):
+        folder = options.folder / f"seed{seed}"
+        train_seed(folder, episodes, setup, seed)
+        evaluate_seed(folder, setup, seed)
+    text = report(options.folder, setup, _command(options, setup))
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
