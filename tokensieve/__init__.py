@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 
+from tokensieve.lazy_names import lazy_names
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -53,15 +55,8 @@ _ROOMS = ("decoding",)
 __all__ = ["__version__", *sorted([*_HOMES, *_ROOMS])]
 
 
+_find, __dir__ = lazy_names(__name__, _HOMES)
+
+
 def __getattr__(name: str):
-    if name in _ROOMS:
-        return importlib.import_module(f"tokensieve.{name}")
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'tokensieve' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return importlib.import_module(f"tokensieve.{name}") if name in _ROOMS else _find(name)

@@ -25,9 +25,10 @@ DECODINGS = {
 def run(options) -> int:
     """Answers clip by clip; one that cannot be read is reported and the others go on."""
     check_decoding(options)
+    schema = schema_of(options)
     vlm, budget = load_answering(options)
     decode, finish = decoding_of(options, vlm)
-    decode |= grammar_of(options, vlm)
+    decode |= grammar_of(schema, vlm)
     code = 0
     for clip in options.clip:
         try:
@@ -102,9 +103,18 @@ def decoding_of(options, vlm) -> tuple[dict[str, object], Callable[[], None]]:
     }, lambda: None
 
 
-def grammar_of(options, vlm) -> dict[str, object]:
-    """What `--json_schema` adds to the arguments of `VLM.answer`."""
+def schema_of(options) -> dict | bool | None:
+    """The JSON schema that `--json_schema` names, read before weights are."""
     if options.json_schema is None:
+        return None
+    from tokensieve.decoding.grammar_schema import read_schema
+
+    return read_schema(options.json_schema)
+
+
+def grammar_of(schema: dict | bool | None, vlm) -> dict[str, object]:
+    """What a schema adds to the arguments of `VLM.answer`."""
+    if schema is None:
         return {}
     if not hasattr(vlm, "processor"):
         raise BadOption(
@@ -112,7 +122,7 @@ def grammar_of(options, vlm) -> dict[str, object]:
         )
     from tokensieve.decoding import json_schema
 
-    return {"logits_processor": [json_schema(vlm.processor, Path(options.json_schema))]}
+    return {"logits_processor": [json_schema(vlm.processor, schema)]}
 
 
 def _print(clip: str | None, answer) -> None:

@@ -5,7 +5,7 @@ Names below are resolved on first use, so importing this package costs nothing a
 
 from __future__ import annotations
 
-import importlib
+from tokensieve.lazy_names import lazy_names
 
 _HOME_OF = {
     "Clip": "clips",
@@ -27,12 +27,4 @@ _HOME_OF = {
 
 __all__ = sorted(_HOME_OF)
 
-
-def __getattr__(name: str):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+__getattr__, __dir__ = lazy_names(__name__, {name: f"{__name__}.{home}" for name, home in _HOME_OF.items()})

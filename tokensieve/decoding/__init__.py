@@ -10,7 +10,7 @@ Names are imported on first use.
 
 from __future__ import annotations
 
-import importlib
+from tokensieve.lazy_names import lazy_names
 
 # No module may have the name of what it holds: importing it would hide the function.
 _HOMES = {
@@ -53,10 +53,4 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'tokensieve.decoding' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

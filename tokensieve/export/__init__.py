@@ -5,7 +5,7 @@ Names are imported on first use, so that the runtime loads no torch.
 
 from __future__ import annotations
 
-import importlib
+from tokensieve.lazy_names import lazy_names
 
 _HOMES = {
     "export_vlm": "tokensieve.export.vlm",
@@ -22,10 +22,4 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'tokensieve.export' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -23,7 +23,7 @@ from tokensieve.errors import BadOption
 from tokensieve.policies.checkpoint import SavedPolicy, register_policy, seeded_init
 from tokensieve.vla.config import BehaviourConfig
 from tokensieve.vla.decoder import History, PolicyDecoder
-from tokensieve.vla.planner_module import adamw_with_linear_decay, check_rates
+from tokensieve.vla.optim import adamw_with_linear_decay, check_rates
 from tokensieve.vla.tokeniser import action_accuracy, cloning_loss
 from tokensieve.vla.trunks import Trunks
 from tokensieve.vla.words import WordReader, check_words

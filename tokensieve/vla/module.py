@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from tokensieve.errors import BadOption
 from tokensieve.vla.config import BehaviourConfig
+from tokensieve.vla.optim import adamw_with_linear_decay
 from tokensieve.vla.tokeniser import BehaviourTokeniser, action_accuracy, cloning_loss
 from tokensieve.vla.trunks import Trunks
 
@@ -74,13 +74,4 @@ class BehaviourModule(L.LightningModule):
         self.log("val_codes", float(len(self._codes_seen)))
 
     def configure_optimizers(self):
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:
-            raise BadOption("The rate falls until the last step.", hint="Give the Trainer max_steps or max_epochs.")
-        optimizer = torch.optim.AdamW(self.tokeniser.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-
-        def factor(step: int) -> float:
-            return min((step + 1) / (self.warmup_steps + 1), max(0.0, (total - step) / total))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_linear_decay(self, self.tokeniser, self.lr, self.weight_decay, self.warmup_steps)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokensieve.compression import check_keep
 from tokensieve.errors import BadOption
+from tokensieve.vla.optim import adamw_with_linear_decay, check_rates
 from tokensieve.vla.planner_config import BehaviourPlanner
 
 Batch = tuple[Tensor, list[str], Tensor]
@@ -83,26 +83,3 @@ class PlannerModule(L.LightningModule):
 
     def configure_optimizers(self):
         return adamw_with_linear_decay(self, self.network, self.lr, self.weight_decay, self.warmup_steps)
-
-
-def check_rates(lr: float, weight_decay: float, warmup_steps: int) -> None:
-    """Raises BadOption unless they are an optimizer's."""
-    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf or warmup_steps < 0:
-        given = f"{lr}, {weight_decay} and {warmup_steps}"
-        raise BadOption(f"Need a finite lr above 0; weight_decay and warmup_steps from 0; got {given}.")
-
-
-def adamw_with_linear_decay(
-    module: L.LightningModule, network: nn.Module, lr: float, weight_decay: float, warmup_steps: int
-) -> dict[str, object]:
-    """AdamW; the rate rises over `warmup_steps` and falls linearly to 0 at the last step of the module's trainer."""
-    total = module.trainer.estimated_stepping_batches
-    if not 0 < total < math.inf:
-        raise BadOption("The rate falls until the last step.", hint="Give the Trainer max_steps or max_epochs.")
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / (warmup_steps + 1), max(0.0, (total - step) / total))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -39,6 +39,14 @@ class Progress:
     def num_rows(self) -> int:
         return sum(self.counts.values())
 
+    def include(self, other: Progress) -> None:
+        """Adds what was done and waited for elsewhere."""
+        for status, count in other.counts.items():
+            self.counts[status] += count
+        self.tokens += other.tokens
+        self.tokens_full += other.tokens_full
+        self.wait_s += other.wait_s
+
     def count(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.counts[row["status"]] += 1

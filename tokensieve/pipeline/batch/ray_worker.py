@@ -208,11 +208,7 @@ class Worker:
             ahead_bytes=job.ahead_bytes,
             stop=self._stopped,
         )
-        for status, count in done.counts.items():
-            progress.counts[status] += count
-        progress.tokens += done.tokens
-        progress.tokens_full += done.tokens_full
-        progress.wait_s += done.wait_s
+        progress.include(done)
 
     def _stopped(self) -> bool:
         return self.job.stop(self.folder.parts).exists()
