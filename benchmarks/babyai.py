@@ -4,9 +4,11 @@
     python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                       # minutes; says nothing
 
 What is in the folder already is left alone, so that a stopped run goes on where it was; another set of options needs
-another folder. One seed trains tokeniser, planner (4 resampled tokens), planner (49 patches, budgets drawn while it
-learns) and cloning policy on the same episodes; all act in the same worlds of the test split, for at most 24 steps
-unless told otherwise.
+another folder. `--only 1` does one seed and makes no table, so that seeds can run side by side.
+
+One seed trains a tokeniser, a planner (4 resampled tokens) and a cloning policy on the same episodes of the bot; the
+first seed also a planner that reads patches, at first all 49, then with budgets drawn for every step. All act in the
+same worlds of the test split, for at most 24 steps unless told otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from rich.progress import track
 
 from tokensieve.datasets.trajectories import Episodes, generate_episodes, read_episodes, write_episodes
 from tokensieve.errors import BadOption
+from tokensieve.pipeline.machine import processor_name
 from tokensieve.vla import (
     BehaviourAgent,
     BehaviourTokeniser,
@@ -48,6 +50,7 @@ from tokensieve.vla import (
 )
 
 KEEPS = (49, 24, 12, 4)
+PATCHES_SEED = 0
 METHODS = ("uniform", "random", "norm-diversity", "divprune")
 
 
@@ -58,8 +61,10 @@ class Setup:
     levels: tuple[str, ...] = ("BabyAI-ActionObjDoor-v0",)
     max_steps: int = 24
     episodes: int = 20_000
+    trunk_length: int = 4
     tokeniser_steps: int = 900
     planner_steps: int = 2600
+    budget_steps: int = 700
     cloning_steps: int = 2200
     batch: int = 128
     rollouts: int = 300
@@ -72,6 +77,7 @@ SMOKE = Setup(
     episodes=300,
     tokeniser_steps=20,
     planner_steps=20,
+    budget_steps=20,
     cloning_steps=20,
     batch=32,
     rollouts=12,
@@ -120,41 +126,46 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
         return Training(steps=steps, batch=setup.batch, seed=seed, warmup_steps=min(100, steps // 10), logs=logs)
 
     def tokeniser(out: Path):
-        return train_tokeniser(episodes, babyai_config(), training(setup.tokeniser_steps, out))
+        config = babyai_config(trunk_length=setup.trunk_length)
+        return train_tokeniser(episodes, config, training(setup.tokeniser_steps, out))
 
     def planner(visual: str):
         def make(out: Path):
             tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
-            model, keeps = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed), ()
-            if visual == "patches":
-                model.compress("random", KEEPS[0], seed=seed)
-                keeps = KEEPS
-            of = training(setup.planner_steps, out)
-            return model, train_planner(model, episodes, tok, of, keeps=keeps)
+            model = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed)
+            return model, train_planner(model, episodes, tok, training(setup.planner_steps, out))
 
         return make
+
+    def with_budgets(out: Path):
+        tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
+        model = Planner.from_pretrained(folder / "patches-all").compress("random", KEEPS[0], seed=seed)
+        return model, train_planner(model, episodes, tok, training(setup.budget_steps, out), keeps=KEEPS)
 
     def cloning(out: Path):
         return train_cloning(episodes, CloningConfig(words=words), training(setup.cloning_steps, out))
 
     trained(folder, "tokeniser", tokeniser)
     trained(folder, "resampled", planner("resampled"))
-    trained(folder, "patches", planner("patches"))
     trained(folder, "cloning", cloning)
+    if seed == PATCHES_SEED:
+        trained(folder, "patches-all", planner("patches"))
+        trained(folder, "patches", with_budgets)
 
 
-def settings(setup: Setup) -> list[tuple[str, dict[str, object]]]:
+def settings(setup: Setup, seed: int) -> list[tuple[str, dict[str, object]]]:
     """Name and options of every roll-out of a seed."""
-    control, found = setup.compressed_interval, [("random actions", {"who": "random"})]
-    found.append(("cloning, every step", {"who": "cloning"}))
+    found = [("random actions", {"who": "random"}), ("cloning, every step", {"who": "cloning"})]
     found += [(f"ours, N = {n}", {"who": "resampled", "interval": n}) for n in setup.intervals]
+    control = setup.compressed_interval
     for what in ("codes", "instructions"):
         found.append((f"ours, N = {control}, {what} shuffled", {"who": "resampled", "interval": control, what: True}))
-    found.append((f"patches, all {KEEPS[0]}", {"who": "patches", "interval": control}))
-    for method in METHODS:
-        for keep in KEEPS[1:]:
-            options = {"who": "patches", "interval": control, "method": method, "keep": keep}
-            found.append((f"patches, {method}, {keep}", options))
+    if seed == PATCHES_SEED:
+        patches = {"who": "patches", "interval": control}
+        found.append((f"patches, all {KEEPS[0]}", patches))
+        for method in METHODS:
+            for keep in KEEPS[1:]:
+                found.append((f"patches, {method}, {keep}", patches | {"method": method, "keep": keep}))
     return found
 
 
@@ -173,7 +184,7 @@ def agent_of(folder: Path, options: dict[str, object], seed: int):
 def evaluate_seed(folder: Path, setup: Setup, seed: int) -> None:
     """Every roll-out that `folder/results` lacks."""
     (folder / "results").mkdir(exist_ok=True)
-    waiting = [(name, options, _result(folder, name)) for name, options in settings(setup)]
+    waiting = [(name, options, _result(folder, name)) for name, options in settings(setup, seed)]
     waiting = [one for one in waiting if not one[2].exists()]
     for _, options, path in track(waiting, f"roll-outs, seed {seed}", console=Console(stderr=True)):
         traces = roll_out(
@@ -193,8 +204,9 @@ def report(folder: Path, setup: Setup, command: str) -> str:
     """Markdown: one table of all settings, and how long trainings took."""
     head = "| agent | success, % (95 %) | seeds | calls a step | visual tokens | named cell kept, % |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for name, _ in settings(setup):
-        found = [json.loads(_result(folder / f"seed{s}", name).read_text()) for s in range(setup.seeds)]
+    for name, _ in settings(setup, PATCHES_SEED):
+        paths = [_result(folder / f"seed{s}", name) for s in range(setup.seeds)]
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
         num = sum(one["episodes"] for one in found)
         low, high = wilson(sum(round(one["success"] * one["episodes"]) for one in found), num)
         share = sum(one["success"] * one["episodes"] for one in found) / num
@@ -204,8 +216,9 @@ def report(folder: Path, setup: Setup, command: str) -> str:
         cells += [_mean(found, "visual_tokens", ".0f"), _mean(found, "named_kept", ".1f", 100)]
         lines.append(f"| {' | '.join(cells)} |")
     times = []
-    for what in ("tokeniser", "resampled", "patches", "cloning"):
-        facts = [json.loads((folder / f"seed{s}" / what / "metrics.json").read_text()) for s in range(setup.seeds)]
+    for what in ("tokeniser", "resampled", "cloning", "patches-all", "patches"):
+        paths = [folder / f"seed{s}" / what / "metrics.json" for s in range(setup.seeds)]
+        facts = [json.loads(path.read_text()) for path in paths if path.exists()]
         times.append(f"{what} {sum(one['cpu_seconds'] for one in facts) / len(facts):.0f} s")
     return "\n".join(
         [
@@ -213,7 +226,7 @@ def report(folder: Path, setup: Setup, command: str) -> str:
             f"{setup.max_steps} steps, actions drawn, codes likeliest; {setup.episodes} episodes of the bot to learn "
             "from. Intervals are Wilson's over episodes of all seeds; they hold nothing about the spread of trainings, "
             "which the seeds show. "
-            f"CPU seconds a training: {', '.join(times)}. {platform.machine()} CPU, one thread, bfloat16 autocast, "
+            f"CPU seconds of a seed: {', '.join(times)}. {processor_name()}, one thread, bfloat16 autocast, "
             f"torch {torch.__version__}. Named cell kept: of plans with a cell in view that holds a thing of the "
             "instruction, the share whose planner kept one.",
             "",
@@ -237,6 +250,7 @@ def _result(folder: Path, name: str) -> Path:
 def _command(options: argparse.Namespace, setup: Setup) -> str:
     smoke = " --smoke" if options.smoke else ""
     sizes = f"--levels {' '.join(setup.levels)} --max_steps {setup.max_steps} --seeds {setup.seeds}"
+    sizes += "" if options.episodes is None else f" --episodes {options.episodes}"
     return f"python benchmarks/babyai.py{smoke} {sizes}"
 
 
@@ -247,17 +261,22 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", default=Setup.levels, help="in turns; another folder for others")
     parser.add_argument("--max_steps", type=int, default=Setup.max_steps, help="more for levels of several rooms")
     parser.add_argument("--seeds", type=int, default=None, help="3, of a smoke run 1")
+    parser.add_argument("--episodes", type=int, default=None, help="worlds for the bot")
+    parser.add_argument("--only", type=int, default=None, help="one seed, without the table")
     parser.add_argument("--out", type=Path, default=None, help="Markdown file for the table; else it is printed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setup = replace(SMOKE if options.smoke else Setup(), levels=tuple(options.levels), max_steps=options.max_steps)
     setup = setup if options.seeds is None else replace(setup, seeds=options.seeds)
+    setup = setup if options.episodes is None else replace(setup, episodes=options.episodes)
     check_folder(options.folder, setup)
     episodes = episodes_of(options.folder, setup)
-    for seed in range(setup.seeds):
+    for seed in range(setup.seeds) if options.only is None else [options.only]:
         folder = options.folder / f"seed{seed}"
         train_seed(folder, episodes, setup, seed)
         evaluate_seed(folder, setup, seed)
+    if options.only is not None:
+        return
     text = report(options.folder, setup, _command(options, setup))
     if options.out is None:
         print(text)

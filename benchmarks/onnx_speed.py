@@ -1,6 +1,7 @@
 """onnxruntime on the CPU against PyTorch, eager and compiled: a tower, and the prefill of a language model.
 
-    python benchmarks/onnx_speed.py --out docs/benchmarks/onnx.md
+    python benchmarks/onnx_speed.py towers --out docs/benchmarks/onnx_towers.md
+    python benchmarks/onnx_speed.py prefill --out docs/benchmarks/onnx_prefill.md
 
 (Not named onnx.py: a script's folder comes first on the import path, so `import onnx` would find it.) Weights are
 random, time does not depend on them. Graphs are written into `--folder` once and used again. All ways of a table run
@@ -13,6 +14,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -40,9 +42,10 @@ from tokensieve.pipeline.towers.macs import tower_macs
 KEEPS = (1.0, 0.5, 0.25)
 MOST_FIRST_ROUNDS = 8
 NOTES = """
-- ms: CPU milliseconds, medians; behind them the fastest and the slowest. ratio: eager over this, at the same keep.
-- ideal: one over the multiply-accumulates that are left. eta: the part of the ideal saving that became time, against
-  keep 1 of the same runtime.
+- ms: CPU milliseconds, medians; behind them the fastest and the slowest. The machine's speed drifts, so the other
+  columns are medians of what is compared within one repeat.
+- ratio: eager over this, at the same keep. speed-up: keep 1 over this, of the same runtime.
+- ideal: one over the multiply-accumulates that are left. eta: the part of the ideal saving that became time.
 - compile: `torch.compile` for each keep, after rounds of first calls until none compiles any more. The whole of a
   tower; of a language model its forward.
 """
@@ -152,25 +155,29 @@ def measure(ways: Ways, repeats: int, title: str) -> dict[tuple[str, float], lis
 def table(title: str, seconds: dict[tuple[str, float], list[float]], left: dict[float, float]) -> str:
     lines = [f"## {title}", "", "| runtime | keep | ideal | ms | ratio to eager | speed-up | eta |", "|" + "---|" * 7]
     for (runtime, keep), values in sorted(seconds.items(), key=lambda item: (-item[0][1], item[0][0])):
-        own, full = median(values), median(seconds[runtime, 1.0]) if (runtime, 1.0) in seconds else None
-        eager = median(seconds["eager", keep])
+        spread = f"{1000 * median(values):,.0f} ({1000 * min(values):,.0f} to {1000 * max(values):,.0f})"
+        ratio = _median_ratio(seconds["eager", keep], values)
         speedup = eta = "-"
-        if keep < 1 and full:
-            speedup, eta = f"{full / own:.2f}", f"**{(full - own) / (full * (1 - left[keep])):.2f}**"
-        spread = f"{1000 * own:,.0f} ({1000 * min(values):,.0f} to {1000 * max(values):,.0f})"
-        ideal = f"{1 / left[keep]:.2f}"
-        lines.append(f"| {runtime} | {keep:g} | {ideal} | {spread} | {eager / own:.2f} | {speedup} | {eta} |")
+        if keep < 1 and (runtime, 1.0) in seconds:
+            gain = _median_ratio(seconds[runtime, 1.0], values)
+            speedup, eta = f"{gain:.2f}", f"**{(1 - 1 / gain) / (1 - left[keep]):.2f}**"
+        lines.append(f"| {runtime} | {keep:g} | {1 / left[keep]:.2f} | {spread} | {ratio:.2f} | {speedup} | {eta} |")
     return "\n".join(lines)
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["towers", "prefill"])
     parser.add_argument("--folder", default="runs/onnx", help="where the graphs are kept")
     parser.add_argument("--method", default="evit", help="in the tower")
     parser.add_argument("--batches", default="1,8", help="pictures per call")
     parser.add_argument("--model", default="llava-onevision-0.5b", help="preset, or folder with a config")
     parser.add_argument("--frames", type=int, default=8, help="of the prompt")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=0, help="25 of towers, 5 of the prefill")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it all run?")
     parser.add_argument("--out", default="", help="Markdown file; what stands above its first table is kept")
@@ -183,21 +190,24 @@ def main() -> None:
     sizes |= dict(image_size=224, patch_size=16)
     if options.smoke:
         sizes |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=64)
+    options.repeats = options.repeats or (25 if options.what == "towers" else 5)
     parts = [
         f"Machine: {processor_name()}, {options.threads} thread(s); Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}, "
-        f"tokensieve {ts.__version__}; float32; median of {options.repeats} repeats in turns, after first calls.",
+        f"tokensieve {ts.__version__}; float32; {options.repeats} repeats in turns, after first calls.",
         NOTES.strip(),
     ]
-    for batch in map(int, options.batches.split(",")):
-        title = f"CLIP ViT-B/16, `{options.method}` in the tower, batch {batch}"
-        ways, left = tower_ways(folder, options.method, batch, sizes)
+    if options.what == "prefill":
+        title = f"Prefill of {options.model}, {options.frames} frames"
+        found = {title: partial(prefill_ways, folder, options.model, options.frames)}
+    else:
+        title = f"CLIP ViT-B/16, `{options.method}` in the tower, batch "
+        batches = map(int, options.batches.split(","))
+        found = {title + str(batch): partial(tower_ways, folder, options.method, batch, sizes) for batch in batches}
+    for title, make in found.items():
+        ways, left = make()
         parts.append(table(title, measure(ways, options.repeats, title), left))
         print(parts[-1], flush=True)
-    title = f"Prefill of {options.model}, {options.frames} frames"
-    ways, left = prefill_ways(folder, options.model, options.frames)
-    parts.append(table(title, measure(ways, options.repeats, title), left))
-    print(parts[-1], flush=True)
     if options.out:
         path = Path(options.out)
         start = path.read_text().split("\n\nMachine: ")[0] if path.exists() else "# onnxruntime against PyTorch"

@@ -378,7 +378,7 @@ def _tokenise_options(parser: ArgumentParser) -> None:
     _steps(parser, 900)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--levels", type=_Listed(int), default=[8, 6, 5], help="of the code; 8,8,8,6,5 in the paper")
-    parser.add_argument("--trunk_length", type=int, default=8, help="steps that a code describes; 128 in the paper")
+    parser.add_argument("--trunk_length", type=int, default=4, help="steps that a code describes; 128 in the paper")
     parser.add_argument("--replan", type=int, default=4, help="steps between plans, kept with the tokeniser")
     _common(parser)
 

@@ -96,9 +96,12 @@ def test_arguments_that_generate_drops_are_refused_beside_ours(name):
     check_arguments({name: object()})
 
 
-def test_answer_refuses_them(clip_frames):
+def test_answer_and_ask_refuse_them(clip_frames):
+    vlm, given = ts.load("tiny"), {"custom_generate": decoding.token_recycling(), "streamer": object()}
     with pytest.raises(BadOption, match="streamer"):
-        ts.load("tiny").answer(clip_frames, "What?", custom_generate=decoding.token_recycling(), streamer=object())
+        vlm.answer(clip_frames, "What?", **given)
+    with pytest.raises(BadOption, match="streamer"):
+        ts.Chat(vlm, clip_frames).ask("What?", **given)
 
 
 @pytest.fixture

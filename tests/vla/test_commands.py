@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     data = folder / "data.npz"
     step("collect", "collect", "--level", LEVELS, "--episodes", 600, "--out", data)
     of = ["--data", data, "--batch", 32]
-    step("tokenise", "tokenise", *of, "--steps", 110, "--out", folder / "tokeniser")
+    step("tokenise", "tokenise", *of, "--trunk_length", 8, "--steps", 110, "--out", folder / "tokeniser")
     with_codes = [*of, "--tokeniser", folder / "tokeniser"]
     step("planner", "train", *with_codes, "--steps", 30, "--out", folder / "planner")
     dropping = ["--visual", "patches", "--method", "random", "--keep", "49,12"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tokensieve.errors import BadOption
-from tokensieve.vla.layers import ActionEmbedding, FrameEncoder, Layer, check_actions
+from tokensieve.vla.layers import ActionEmbedding, FrameEncoder, Layer, LinearOfPlaces, check_actions
 
 
 def frames(count=3, height=24, width=16):
@@ -48,6 +48,14 @@ def test_attention_is_torchs():
     made, (keys, values) = layer(x, bias)
     torch.testing.assert_close(made, expected)
     torch.testing.assert_close(keys, key), torch.testing.assert_close(values, value)
+
+
+def test_every_place_has_a_linear_map_of_its_own():
+    torch.manual_seed(0)
+    places, x_BPC = LinearOfPlaces(3, 4, 5), torch.randn(2, 3, 4)
+    wanted = [torch.nn.functional.linear(x_BPC[:, p], places.weight[p].T, places.bias[p]) for p in range(3)]
+    assert torch.allclose(places(x_BPC), torch.stack(wanted, 1), atol=1e-6)
+    assert places(x_BPC.bfloat16()).shape == (2, 3, 5)
 
 
 def test_an_action_is_the_sum_of_its_parts():

@@ -63,6 +63,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; the log would repeat text from inside the file
     options.add_session_config_entry(_FOLDER_KEY, str(path.parent.resolve()))
+    options.enable_mem_pattern = False  # prompts differ in length, and onnxruntime would keep a block for each length
     if threads is not None:
         options.intra_op_num_threads = threads
     providers = [wanted, _CPU] if wanted != _CPU else [_CPU]

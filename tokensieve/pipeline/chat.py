@@ -75,7 +75,8 @@ class Chat:
 
         Raises:
             BadOption: more than one beam or returned sequence, because the cache holds one conversation; an empty
-                question; or a template that leaves out the turn with the picture.
+                question; an argument that `generate` would drop without a word beside `custom_generate`; or a template
+                that leaves out the turn with the picture.
         """
         from transformers import DynamicCache
 

@@ -17,8 +17,13 @@ def generate_options(model: nn.Module, max_new_tokens: int, given: Mapping[str, 
     A generated placeholder would make any later pass over prompt and answer fail, because it has no features.
 
     Raises:
-        BadOption: `max_new_tokens` is not a whole number above 0.
+        BadOption: `max_new_tokens` is not a whole number above 0, or an argument that `generate` would drop without a
+            word beside `custom_generate`.
     """
+    if given.get("custom_generate") is not None:
+        from tokensieve.decoding.loop import check_arguments
+
+        check_arguments(given)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise BadOption(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}.")
     suppressed = set(_option(model, given, "suppress_tokens") or ())

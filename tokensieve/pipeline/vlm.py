@@ -239,9 +239,6 @@ class VLM:
         options = generate_options(self.model, max_new_tokens, generate)
         custom = options.get("custom_generate") is not None
         if custom:
-            from tokensieve.decoding.loop import check_arguments
-
-            check_arguments(options)
             options["return_dict_in_generate"] = True
         if len(media) > 1 and (custom or max(num_sequences(self.model, options)) > 1):
             # Beams over prompts of unequal length are wrong in some families (see RaggedFeatures): one by one. So are

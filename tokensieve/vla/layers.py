@@ -99,6 +99,26 @@ class Layer(nn.Module):
         return x_BQD + self.mlp(self.mlp_norm(x_BQD)), (key, value)
 
 
+class LinearOfPlaces(nn.Module):
+    """A linear map of its own for each of P places.
+
+    Args:
+        num_places: P.
+        num_in: numbers that come in at a place.
+        num_out: numbers that go out.
+    """
+
+    def __init__(self, num_places: int, num_in: int, num_out: int):
+        super().__init__()
+        bound = num_in**-0.5  # as nn.Linear
+        self.weight = nn.Parameter(torch.empty(num_places, num_in, num_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_places, num_out).uniform_(-bound, bound))
+
+    def forward(self, x_BPC: Tensor) -> Tensor:
+        """`[B, P, num_out]`."""
+        return torch.einsum("bpc,pcd->bpd", x_BPC, self.weight.to(x_BPC.dtype)) + self.bias
+
+
 class ActionEmbedding(nn.Module):
     """The sum of one embedding per part of an action; part -1 ("none yet") has an entry of its own.
 

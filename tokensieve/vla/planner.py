@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tokensieve.compression import Plan, VisualTokens, apply_plan, get_method, keep_all
 from tokensieve.policies.checkpoint import SavedPolicy, register_policy, seeded_init
-from tokensieve.vla.layers import FrameEncoder, KeysValues, Layer
+from tokensieve.vla.layers import FrameEncoder, KeysValues, Layer, LinearOfPlaces
 from tokensieve.vla.planner_config import Planned, PlannerConfig
 from tokensieve.vla.vocabulary import BehaviourVocabulary
 from tokensieve.vla.words import MAX_LENGTH, PAD, WordReader
@@ -59,7 +59,8 @@ class Planner(SavedPolicy):
             if config.visual == "resampled":
                 self.visual = nn.Linear(num_patches * channels, config.num_resampled * width)
             else:
-                self.visual = nn.Linear(channels, width)
+                # A map for every place: with one for all, it takes far longer to learn where things are.
+                self.visual = LinearOfPlaces(num_patches, channels, width)
             num_visual = config.num_resampled if config.visual == "resampled" else num_patches
             self.visual_norm = nn.LayerNorm(width)
             self.word_places = nn.Parameter(0.02 * torch.randn(MAX_LENGTH, width))

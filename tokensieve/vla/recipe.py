@@ -67,13 +67,13 @@ class Training:
 
 
 def babyai_config(**changes) -> BehaviourConfig:
-    """Options for episodes of BabyAI levels: windows of 8 steps, 240 codes, a new plan every 4 steps.
+    """Options for episodes of BabyAI levels: windows of 4 steps, 240 codes, a new plan every 4 steps.
 
     Not the paper's: with windows this short the encoder must see actions, or the last of them shows nowhere.
     """
     given = {
         "levels": (8, 6, 5),
-        "trunk_length": 8,
+        "trunk_length": 4,
         "replan_interval": 4,
         "encoder_sees_actions": True,
         "decoder_sees_previous_action": True,

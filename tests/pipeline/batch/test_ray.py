@@ -26,8 +26,9 @@ from tokensieve.pipeline.batch.ray_engine import Pool, RayEngine, connected, in_
 from tokensieve.pipeline.batch.ray_worker import Job, Worker
 from tokensieve.pipeline.batch.rows import answer_schema, frames_row, input_row
 
-NUM_CLIPS = 24
-BROKEN = {"clip-003.mp4": b"", "clip-011.mp4": b"just some text", "clip-020.mp4": bytes(5000)}
+NUM_CLIPS = 200
+KINDS = (b"", b"just some text", bytes(5000), b"\0\0\0\x18ftypmp42", b"#EXTM3U\n/etc/passwd\n")
+BROKEN = {f"clip-{20 * k + 3:03d}.mp4": KINDS[k % len(KINDS)] for k in range(10)}
 ASK = ["--question", "Which digit is red?", "--num_frames", "1", "--max_new_tokens", "2", "--device", "cpu", "--json"]
 READ = {"limits": Limits(), "read_options": {"num_frames": 1}, "ahead_bytes": 1 << 20}
 
@@ -144,7 +145,7 @@ def test_the_command_gives_the_rows_of_the_local_engine(cluster, source, tmp_pat
     assert rows(out) == rows(tmp_path / "local")
     assert open_results(out).count_rows() == NUM_CLIPS and only_parts(out)
     assert before < {path.name for path in (out / "parts").iterdir()}
-    assert record["rows"] == {"total": NUM_CLIPS, "ok": NUM_CLIPS - 3, "partial": 0, "failed": 3}
+    assert record["rows"] == {"total": NUM_CLIPS, "ok": NUM_CLIPS - len(BROKEN), "partial": 0, "failed": len(BROKEN)}
     assert [(run["engine"], run["rows"]) for run in record["runs"]] == [("local", 5), ("ray", NUM_CLIPS - 5)]
     assert {"actors": 1, "num_cpus": os.cpu_count()}.items() < record["runs"][-1].items() and record["finished"]
 
@@ -162,7 +163,8 @@ def test_killed_actors_change_no_row_and_a_file_that_kills_each_is_quarantined(
     poison = found.pop("clip-013.mp4")
     assert (poison["status"], poison["stage"], poison["error_type"]) == ("failed", "answer", "Quarantined")
     assert found == {path: row for path, row in expected.items() if path != "clip-013.mp4"}
-    assert progress.counts == {"ok": NUM_CLIPS - 4, "partial": 0, "failed": 4} and not progress.stopped
+    failed = len(BROKEN) + 1
+    assert progress.counts == {"ok": NUM_CLIPS - failed, "partial": 0, "failed": failed} and not progress.stopped
 
 
 @pytest.mark.timeout(900)
