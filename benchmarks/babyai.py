@@ -71,6 +71,7 @@ class Setup:
     seeds: int = 3
     intervals: tuple[int, ...] = (1, 4, 8, 16)
     compressed_interval: int = 4
+    patches: bool = True
 
 
 SMOKE = Setup(
@@ -148,7 +149,7 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
     trained(folder, "tokeniser", tokeniser)
     trained(folder, "resampled", planner("resampled"))
     trained(folder, "cloning", cloning)
-    if seed == PATCHES_SEED:
+    if setup.patches and seed == PATCHES_SEED:
         trained(folder, "patches-all", planner("patches"))
         trained(folder, "patches", with_budgets)
 
@@ -160,7 +161,7 @@ def settings(setup: Setup, seed: int) -> list[tuple[str, dict[str, object]]]:
     control = setup.compressed_interval
     for what in ("codes", "instructions"):
         found.append((f"ours, N = {control}, {what} shuffled", {"who": "resampled", "interval": control, what: True}))
-    if seed == PATCHES_SEED:
+    if setup.patches and seed == PATCHES_SEED:
         patches = {"who": "patches", "interval": control}
         found.append((f"patches, all {KEEPS[0]}", patches))
         for method in METHODS:
@@ -219,6 +220,8 @@ def report(folder: Path, setup: Setup, command: str) -> str:
     for what in ("tokeniser", "resampled", "cloning", "patches-all", "patches"):
         paths = [folder / f"seed{s}" / what / "metrics.json" for s in range(setup.seeds)]
         facts = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if not facts:
+            continue
         times.append(f"{what} {sum(one['cpu_seconds'] for one in facts) / len(facts):.0f} s")
     return "\n".join(
         [
@@ -250,6 +253,7 @@ def _result(folder: Path, name: str) -> Path:
 def _command(options: argparse.Namespace, setup: Setup) -> str:
     smoke = " --smoke" if options.smoke else ""
     sizes = f"--levels {' '.join(setup.levels)} --max_steps {setup.max_steps} --seeds {setup.seeds}"
+    sizes += " --no_patches" if options.no_patches else ""
     sizes += "" if options.episodes is None else f" --episodes {options.episodes}"
     return f"python benchmarks/babyai.py{smoke} {sizes}"
 
@@ -262,12 +266,16 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=Setup.max_steps, help="more for levels of several rooms")
     parser.add_argument("--seeds", type=int, default=None, help="3, of a smoke run 1")
     parser.add_argument("--episodes", type=int, default=None, help="worlds for the bot")
+    parser.add_argument("--no_patches", action="store_true", help="leave out the planner that reads patches")
     parser.add_argument("--only", type=int, default=None, help="one seed, without the table")
-    parser.add_argument("--out", type=Path, default=None, help="Markdown file for the table; else it is printed")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="Markdown file; what stands above its conditions is kept"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     setup = replace(SMOKE if options.smoke else Setup(), levels=tuple(options.levels), max_steps=options.max_steps)
     setup = setup if options.seeds is None else replace(setup, seeds=options.seeds)
+    setup = replace(setup, patches=not options.no_patches)
     setup = setup if options.episodes is None else replace(setup, episodes=options.episodes)
     check_folder(options.folder, setup)
     episodes = episodes_of(options.folder, setup)
@@ -281,7 +289,9 @@ def main() -> None:
     if options.out is None:
         print(text)
     else:
-        options.out.write_text(text + "\n")
+        start = f"{', '.join(setup.levels)}; "
+        above = options.out.read_text().split("\n\n" + start)[0] if options.out.exists() else "# Behaviour tokens"
+        options.out.write_text(f"{above}\n\n{text}\n")
 
 
 if __name__ == "__main__":

