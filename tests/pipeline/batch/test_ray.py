@@ -157,7 +157,8 @@ def test_killed_actors_change_no_row_and_a_file_that_kills_each_is_quarantined(
     make = partial(make_mean, notes, once="clip-007.mp4", always="clip-013.mp4")
     progress = run_ray(make, inputs, tmp_path / "out")
     tries = {path.name: path.stat().st_size for path in notes.iterdir()}
-    assert tries["clip-007.mp4"] == 2 and tries["clip-013.mp4"] == 3  # with others, then twice alone
+    # Twice alone; once more with others, unless the first death had its batch taken one by one already.
+    assert tries["clip-007.mp4"] == 2 and tries["clip-013.mp4"] in (2, 3)
     found = rows(tmp_path / "out")
     assert open_results(tmp_path / "out").count_rows() == len(found) == NUM_CLIPS and only_parts(tmp_path / "out")
     poison = found.pop("clip-013.mp4")
