@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import platform
 from collections import Counter, defaultdict
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from rich.progress import track
 import tokensieve as ts
 from tokensieve.datasets.clip_files import clip_frames
 from tokensieve.datasets.clips import COUNTS, DIRECTIONS, KINDS, make_clip
+from tokensieve.pipeline.evaluation.statistics import wilson
 from tokensieve.policies.checkpoint import load_policy
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
@@ -115,16 +115,11 @@ def share(counts: Counter) -> tuple[float, int]:
 
 
 def row(name: str, keep: str, counts: Counter, tokens: tuple[float, float] | None = None) -> str:
-    (p, total), z = share(counts), 1.96
-    centre, half = (
-        (p + z * z / (2 * total)) / (1 + z * z / total),
-        z * sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
-    )
-    half /= 1 + z * z / total
+    p, total = share(counts)
+    low, high = wilson(sum(n for (_, right), n in counts.items() if right), total)
     kinds = [f"{100 * counts[k, True] / (counts[k, True] + counts[k, False]):.1f}" for k in KINDS]
     shown = [] if tokens is None else list(dict.fromkeys(f"{mean:.0f}" for mean in tokens))
-    low, high = 100 * (centre - half), 100 * (centre + half)
-    cells = [name, keep, " → ".join(shown) or "-", f"**{100 * p:.1f}** ({low:.1f}–{high:.1f})", *kinds]
+    cells = [name, keep, " → ".join(shown) or "-", f"**{100 * p:.1f}** ({100 * low:.1f}–{100 * high:.1f})", *kinds]
     return f"| {' | '.join(cells)} |"
 
 

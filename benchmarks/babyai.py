@@ -1,6 +1,6 @@
 """Behaviour tokens on BabyAI levels: success against calls of the big model, and with fewer visual tokens.
 
-    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # hours on one core
+    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # an hour on one core
     python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                       # minutes; says nothing
 
 What is in the folder already is left alone, so that a stopped run goes on where it was; another set of options needs
@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,13 +131,10 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
         config = babyai_config(trunk_length=setup.trunk_length)
         return train_tokeniser(episodes, config, training(setup.tokeniser_steps, out))
 
-    def planner(visual: str):
-        def make(out: Path):
-            tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
-            model = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed)
-            return model, train_planner(model, episodes, tok, training(setup.planner_steps, out))
-
-        return make
+    def planner(visual: str, out: Path):
+        tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
+        model = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed)
+        return model, train_planner(model, episodes, tok, training(setup.planner_steps, out))
 
     def with_budgets(out: Path):
         tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
@@ -147,10 +145,10 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
         return train_cloning(episodes, CloningConfig(words=words), training(setup.cloning_steps, out))
 
     trained(folder, "tokeniser", tokeniser)
-    trained(folder, "resampled", planner("resampled"))
+    trained(folder, "resampled", partial(planner, "resampled"))
     trained(folder, "cloning", cloning)
     if setup.patches and seed == PATCHES_SEED:
-        trained(folder, "patches-all", planner("patches"))
+        trained(folder, "patches-all", partial(planner, "patches"))
         trained(folder, "patches", with_budgets)
 
 
@@ -201,7 +199,7 @@ def evaluate_seed(folder: Path, setup: Setup, seed: int) -> None:
         part.replace(path)
 
 
-def report(folder: Path, setup: Setup, command: str) -> str:
+def report(folder: Path, setup: Setup) -> str:
     """Markdown: one table of all settings, and how long trainings took."""
     head = "| agent | success, % (95 %) | seeds | calls a step | visual tokens | named cell kept, % |"
     lines = [head, "|---|---|---|---|---|---|"]
@@ -234,8 +232,6 @@ def report(folder: Path, setup: Setup, command: str) -> str:
             "instruction, the share whose planner kept one.",
             "",
             *lines,
-            "",
-            f"Made by `{command}`.",
         ]
     )
 
@@ -248,14 +244,6 @@ def _mean(found: Sequence[dict], name: str, form: str, factor: float = 1) -> str
 def _result(folder: Path, name: str) -> Path:
     slug = "".join(c if c.isalnum() else "-" for c in name)
     return folder / "results" / f"{slug}.json"
-
-
-def _command(options: argparse.Namespace, setup: Setup) -> str:
-    smoke = " --smoke" if options.smoke else ""
-    sizes = f"--levels {' '.join(setup.levels)} --max_steps {setup.max_steps} --seeds {setup.seeds}"
-    sizes += " --no_patches" if options.no_patches else ""
-    sizes += "" if options.episodes is None else f" --episodes {options.episodes}"
-    return f"python benchmarks/babyai.py{smoke} {sizes}"
 
 
 def main() -> None:
@@ -273,10 +261,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    setup = replace(SMOKE if options.smoke else Setup(), levels=tuple(options.levels), max_steps=options.max_steps)
-    setup = setup if options.seeds is None else replace(setup, seeds=options.seeds)
-    setup = replace(setup, patches=not options.no_patches)
-    setup = setup if options.episodes is None else replace(setup, episodes=options.episodes)
+    sizes = {name: getattr(options, name) for name in ("seeds", "episodes") if getattr(options, name) is not None}
+    sizes |= {"levels": tuple(options.levels), "max_steps": options.max_steps, "patches": not options.no_patches}
+    setup = replace(SMOKE if options.smoke else Setup(), **sizes)
     check_folder(options.folder, setup)
     episodes = episodes_of(options.folder, setup)
     for seed in range(setup.seeds) if options.only is None else [options.only]:
@@ -285,7 +272,7 @@ def main() -> None:
         evaluate_seed(folder, setup, seed)
     if options.only is not None:
         return
-    text = report(options.folder, setup, _command(options, setup))
+    text = report(options.folder, setup)
     if options.out is None:
         print(text)
     else:

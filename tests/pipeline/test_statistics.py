@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from tokensieve.errors import BadOption
 from tokensieve.pipeline.evaluation import statistics
-from tokensieve.pipeline.evaluation.statistics import mean_interval, paired_difference
+from tokensieve.pipeline.evaluation.statistics import mean_interval, paired_difference, wilson
 
 
 def in_loops(values, groups, draws, seed, level):
@@ -103,3 +104,13 @@ def test_a_reference_for_every_value():
         paired_difference([1, 0], [1])
     with pytest.raises(BadOption, match="reference must be finite"):
         paired_difference([1.0], [float("nan")])
+
+
+def test_wilson():
+    """As scipy's; the interval never leaves [0, 1]."""
+    for right, of in ((8, 10), (0, 10), (10, 10), (285, 300), (1, 1)):
+        expected = binomtest(right, of).proportion_ci(method="wilson")
+        assert wilson(right, of) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    for wrong in ((-1, 2), (3, 2), (0, 0)):
+        with pytest.raises(BadOption):
+            wilson(*wrong)

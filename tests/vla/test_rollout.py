@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from tests.vla.fixture import config
 from tokensieve.datasets import read_video
@@ -26,7 +25,6 @@ from tokensieve.vla import (
     num_plans,
     roll_out,
     summarise,
-    wilson,
     words_of,
     write_episodes_video,
 )
@@ -212,16 +210,6 @@ def test_how_often_what_is_named_was_kept(tokeniser):
         assert summary["named_kept"] == pytest.approx(cells[:, :num_kept].any(1).sum() / cells.any(1).sum())
         shares.append(summary["named_kept"])
     assert shares[0] == 1 > shares[1]
-
-
-def test_wilson():
-    """As scipy's; the interval never leaves [0, 1]."""
-    for right, of in ((8, 10), (0, 10), (10, 10), (285, 300), (1, 1)):
-        expected = binomtest(right, of).proportion_ci(method="wilson")
-        assert wilson(right, of) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    for wrong in ((-1, 2), (3, 2), (0, 0)):
-        with pytest.raises(BadOption):
-            wilson(*wrong)
 
 
 def test_windows_begin_at_every_step():

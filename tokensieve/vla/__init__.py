@@ -53,7 +53,7 @@ _HOMES = {
     "EpisodeTrace": "tokensieve.vla.rollout",
     "roll_out": "tokensieve.vla.rollout",
     "summarise": "tokensieve.vla.rollout",
-    "wilson": "tokensieve.vla.rollout",
+    "wilson": "tokensieve.pipeline.evaluation.statistics",
     "named_cells": "tokensieve.vla.targets",
     "draw_episode": "tokensieve.vla.episode_video",
     "write_episodes_video": "tokensieve.vla.episode_video",

@@ -23,6 +23,7 @@ from tokensieve.errors import BadOption
 from tokensieve.policies.checkpoint import SavedPolicy, register_policy, seeded_init
 from tokensieve.vla.config import BehaviourConfig
 from tokensieve.vla.decoder import History, PolicyDecoder
+from tokensieve.vla.layers import draw
 from tokensieve.vla.optim import adamw_with_linear_decay, check_rates
 from tokensieve.vla.tokeniser import action_accuracy, cloning_loss
 from tokensieve.vla.trunks import Trunks
@@ -129,11 +130,7 @@ class CloningPolicy(SavedPolicy):
             generator: draws from the policy; None takes the likeliest action.
         """
         logits, history = self.decoder(frames[:, None], numbers, history=history)
-        if generator is None:
-            parts = [part[:, 0].argmax(-1) for part in logits]
-        else:
-            parts = [torch.multinomial(part[:, 0].softmax(-1), 1, generator=generator)[:, 0] for part in logits]
-        return torch.stack(parts, -1), history
+        return torch.stack([draw(part[:, 0], generator) for part in logits], -1), history
 
 
 class CloningModule(L.LightningModule):

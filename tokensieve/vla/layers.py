@@ -136,6 +136,13 @@ class ActionEmbedding(nn.Module):
         return sum(part(actions[..., i] + 1) for i, part in enumerate(self.parts))
 
 
+def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`[B]` int64 for logits `[B, N]`: a draw for every row, or the likeliest without a generator."""
+    if generator is None:
+        return logits.argmax(-1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
 def check_actions(actions: Tensor, num_actions: tuple[int, ...], lowest: int = 0) -> None:
     """Raises BadOption unless part i of `actions` `[..., A]` is in `lowest` .. num_actions[i] - 1."""
     if actions.shape[-1] != len(num_actions):

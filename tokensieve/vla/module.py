@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import lightning as L
 from torch import Tensor
 
 from tokensieve.errors import BadOption
 from tokensieve.vla.config import BehaviourConfig
-from tokensieve.vla.optim import adamw_with_linear_decay
+from tokensieve.vla.optim import adamw_with_linear_decay, check_rates
 from tokensieve.vla.tokeniser import BehaviourTokeniser, action_accuracy, cloning_loss
 from tokensieve.vla.trunks import Trunks
 
@@ -41,9 +39,9 @@ class BehaviourModule(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf or warmup_steps < 0 or seed < 0:
-            given = f"{lr}, {weight_decay}, {warmup_steps} and {seed}"
-            raise BadOption(f"Need a finite lr above 0; weight_decay, warmup_steps and seed from 0; got {given}.")
+        check_rates(lr, weight_decay, warmup_steps)
+        if seed < 0:
+            raise BadOption(f"seed must be at least 0, got {seed}.")
         self.tokeniser = BehaviourTokeniser(config, seed=seed)
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self._codes_seen: set[int] = set()

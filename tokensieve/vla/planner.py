@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tokensieve.compression import Plan, VisualTokens, apply_plan, get_method, keep_all
 from tokensieve.policies.checkpoint import SavedPolicy, register_policy, seeded_init
-from tokensieve.vla.layers import FrameEncoder, KeysValues, Layer, LinearOfPlaces
+from tokensieve.vla.layers import FrameEncoder, KeysValues, Layer, LinearOfPlaces, draw
 from tokensieve.vla.planner_config import Planned, PlannerConfig
 from tokensieve.vla.vocabulary import BehaviourVocabulary
 from tokensieve.vla.words import MAX_LENGTH, PAD, WordReader
@@ -134,12 +134,7 @@ class Planner(SavedPolicy):
         for dim in range(len(self.levels)):
             logits_B1V, past = self._digits(x_B1D, dim, past, mask_BL)
             block = self.vocabulary.block(dim)
-            allowed = logits_B1V[:, 0, block.start : block.stop]
-            if generator is None:
-                place_B = allowed.argmax(-1)
-            else:
-                place_B = torch.multinomial(allowed.softmax(-1), 1, generator=generator)[:, 0]
-            ids.append(place_B + block.start)
+            ids.append(draw(logits_B1V[:, 0, block.start : block.stop], generator) + block.start)
             x_B1D = self.words.embedding(ids[-1])[:, None]
         kept = None if plans is None else torch.stack([plan.mask() for plan in plans])
         num_visual = self.visual_places.shape[0] if plans is None else sum(p.num_kept for p in plans) / len(plans)

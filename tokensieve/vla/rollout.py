@@ -8,7 +8,6 @@ after `max_steps`, which counts as a failure.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from tokensieve.datasets.sampling import whole
 from tokensieve.datasets.trajectories.babyai import SPLIT_SEEDS, make_level, quiet
 from tokensieve.datasets.trajectories.tiles import render_grids
 from tokensieve.errors import BadOption
+from tokensieve.pipeline.evaluation.statistics import wilson
 from tokensieve.vla.agents import Agent, Step, cycle
 from tokensieve.vla.targets import named_cells
 
@@ -145,6 +145,7 @@ def _roll_batch(agent, pairs, seeds, max_steps, shuffle_instructions: bool, shuf
 
 def _record(step: Step, traces: Sequence[EpisodeTrace], seen_A773: np.ndarray) -> None:
     planned = step.planned
+    kept_AP = None if planned is None or planned.kept is None else planned.kept.cpu().numpy()
     for i, trace in enumerate(traces):
         trace.num_calls += step.num_calls
         trace.grids.append(seen_A773[i])
@@ -153,30 +154,14 @@ def _record(step: Step, traces: Sequence[EpisodeTrace], seen_A773: np.ndarray) -
             trace.digits.append(step.digits[i].numpy())
         if planned is not None:
             trace.visual_tokens.append(planned.num_visual)
-        seen_as_cells = planned is not None and planned.kept is not None
-        trace.kept.append(planned.kept[i].cpu().numpy() if seen_as_cells else None)
+        trace.kept.append(None if kept_AP is None else kept_AP[i])
     if planned is None:
         return
     named_AP = named_cells([trace.told for trace in traces], seen_A773).reshape(len(traces), -1)
     for i, trace in enumerate(traces):
         trace.named_in_view += int(named_AP[i].any())
-        if planned.kept is not None:
-            kept_P = planned.kept[i].cpu().numpy()
-            trace.named_kept = (trace.named_kept or 0) + int((named_AP[i] & kept_P).any())
-
-
-def wilson(num_right: int, num_all: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson, 1927), in [0, 1].
-
-    Raises:
-        BadOption: not 0 <= num_right <= num_all with num_all above 0.
-    """
-    if not 0 <= num_right <= num_all or num_all < 1:
-        raise BadOption(f"Need 0 <= right <= all and all above 0, got {num_right} of {num_all}.")
-    share, spread = num_right / num_all, z * z / num_all
-    middle = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+        if kept_AP is not None:
+            trace.named_kept = (trace.named_kept or 0) + int((named_AP[i] & kept_AP[i]).any())
 
 
 def summarise(traces: Sequence[EpisodeTrace]) -> dict[str, object]:

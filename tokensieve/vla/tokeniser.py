@@ -25,7 +25,7 @@ from tokensieve.policies.checkpoint import SavedPolicy, register_policy, seeded_
 from tokensieve.vla.config import BehaviourConfig
 from tokensieve.vla.decoder import History, PolicyDecoder
 from tokensieve.vla.encoder import BehaviourEncoder
-from tokensieve.vla.layers import check_actions
+from tokensieve.vla.layers import check_actions, draw
 from tokensieve.vla.trunks import NO_ACTION, Trunks
 
 
@@ -108,11 +108,7 @@ class BehaviourTokeniser(SavedPolicy):
         if previous is None:
             previous = torch.full((len(frames), len(self.config.num_actions)), NO_ACTION, device=frames.device)
         logits, history = self.decoder(frames[:, None], codes, previous=previous[:, None], history=history)
-        if generator is None:
-            parts = [part[:, 0].argmax(-1) for part in logits]
-        else:
-            parts = [torch.multinomial(part[:, 0].softmax(-1), 1, generator=generator)[:, 0] for part in logits]
-        return torch.stack(parts, -1), history
+        return torch.stack([draw(part[:, 0], generator) for part in logits], -1), history
 
 
 def cloning_loss(logits: list[Tensor], actions: Tensor, mask: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 The cluster bootstrap: clips, not questions, are drawn with replacement, and each drawn clip brings all its questions
 (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8; for paired comparison of models on
 clustered questions see Miller, "Adding Error Bars to Evals", https://arxiv.org/abs/2411.00640). Intervals are
-percentile intervals: from few clips, or where all values are alike, they come out too narrow.
+percentile intervals: from few clips, or where all values are alike, they come out too narrow. Shares of independent
+trials have Wilson's interval instead.
 """
 
 # Shape legend: N questions, G clips, D draws
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +28,20 @@ class Interval(NamedTuple):
     mean: float
     low: float | None
     high: float | None
+
+
+def wilson(num_right: int, num_all: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson, 1927), in [0, 1].
+
+    Raises:
+        BadOption: not 0 <= num_right <= num_all with num_all above 0.
+    """
+    if not 0 <= num_right <= num_all or num_all < 1:
+        raise BadOption(f"Need 0 <= right <= all and all above 0, got {num_right} of {num_all}.")
+    share, spread = num_right / num_all, z * z / num_all
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def mean_interval(
