@@ -1,13 +1,15 @@
 """Other tokenisers of actions: their papers' rules and numbers."""
 
+import json
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tokensieve.errors import BadOption
+from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.vla import BinnedActions, CountDown, FastActions, QuantileScale, ResidualVQActions
 from tokensieve.vla.fast_actions import dct_matrix
 
@@ -182,7 +184,72 @@ def test_fast_refuses(fast):
             call()
 
 
+def test_fast_on_disk(fast, tmp_path):
+    fast.save_pretrained(tmp_path / "fast")
+    again = FastActions.from_pretrained(tmp_path / "fast")
+    assert (again.shape, again.scale, again.num_codes) == (fast.shape, fast.scale, fast.num_codes)
+    for chunk in (*waves(20, seed=4), 3 * waves(1)[0]):
+        codes = fast.encode(chunk)
+        assert again.encode(chunk) == codes
+        assert torch.equal(again.decode(codes), fast.decode(codes))
+    assert [path.name for path in (tmp_path / "fast").iterdir()] == ["fast_actions.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [50]},
+        {"shape": [50, 0]},
+        {"shape": [50, 10**9]},
+        {"shape": [50.0, 7]},
+        {"scale": 0.0},
+        {"scale": math.inf},
+        {"lowest": 10**9},
+        {"highest": 10**9},
+        {"merges": [["a", "b"]]},
+        {"merges": [["\u0100"]]},
+        {"merges": [["\u0100", "\u0100"], ["\u0100", "\u0100"]]},
+        {"merges": 3},
+        {"more": 3},
+    ],
+)
+def test_fast_refuses_files_that_are_none(fast, tmp_path, change):
+    fast.save_pretrained(tmp_path)
+    path = tmp_path / "fast_actions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UnsupportedModel, match="holds no tokeniser"):
+        FastActions.from_pretrained(tmp_path)
+
+
+def test_fast_refuses_what_cannot_be_read(fast, tmp_path):
+    with pytest.raises(BadOption, match="has no fast_actions"):
+        FastActions.from_pretrained(tmp_path)
+    for text in ("", "[" * 100_000, "3", "{}"):
+        (tmp_path / "fast_actions.json").write_text(text)
+        with pytest.raises(UnsupportedModel):
+            FastActions.from_pretrained(tmp_path)
+    with pytest.raises(BadOption, match="no folder"):
+        fast.save_pretrained(tmp_path / "fast_actions.json")
+
+
 # --- residual VQ
+
+
+def test_residual_vq_on_disk(tmp_path):
+    pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    vq = ResidualVQActions((4, 7), num_codebooks=2, num_codes=8, latent_width=6, hidden_width=5)
+    vq.loss(waves(16, num_steps=4))  # moves the codebooks
+    vq.save_pretrained(tmp_path)
+    again = ResidualVQActions.from_pretrained(tmp_path)
+    for chunk in waves(8, num_steps=4):
+        assert again.encode(chunk) == vq.encode(chunk)
+        assert torch.equal(again.decode(vq.encode(chunk)), vq.eval().decode(vq.encode(chunk)))
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name, value in weights.items() if value.dtype == torch.bool)
+    save_file(weights | {name: torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match="one dtype"):
+        ResidualVQActions.from_pretrained(tmp_path)
 
 
 def test_residual_vq_learns_and_comes_back():

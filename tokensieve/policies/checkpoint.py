@@ -93,7 +93,10 @@ class SavedPolicy(nn.Module):
                 f"No {found.__name__} can be made from the {CONFIG} of {str(name)!r} ({type(error).__name__}).",
                 hint=error.message if isinstance(error, BadOption | UnsupportedModel) else None,
             ) from error
-        policy.load_state_dict(_read_weights(folder, str(name), policy.state_dict(), device), assign=True)
+        weights = _read_weights(folder, str(name), policy.state_dict(), device)
+        if any(buffer.is_meta for key, buffer in policy.named_buffers() if key not in weights):
+            policy = found(**options).to(device)  # for what is no weight; their shapes are known to be the file's
+        policy.load_state_dict(weights, assign=True)
         return policy.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -194,8 +197,10 @@ def _read_weights(folder: Path, name: str, expected: Mapping[str, Tensor], devic
             weights = {key: file.get_tensor(key).to(device) for key in shapes}
     except (SafetensorError, OSError, ValueError) as error:
         raise UnsupportedModel(f"The {WEIGHTS} of {name!r} is damaged ({type(error).__name__}).") from None
-    dtypes = {value.dtype for value in weights.values()}
-    if len(dtypes) != 1 or not dtypes.pop().is_floating_point:
+    real = {key for key, value in expected.items() if value.is_floating_point()}
+    dtypes = {weights[key].dtype for key in real}
+    others = all(weights[key].dtype == expected[key].dtype for key in expected.keys() - real)
+    if len(dtypes) != 1 or not dtypes.pop().is_floating_point or not others:
         raise UnsupportedModel(f"The weights of {name!r} must all be of one dtype of real numbers.")
     return weights
 

@@ -17,15 +17,20 @@ beyond those of the fitting data becomes the nearest of them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tokensieve.errors import BadOption
+from tokensieve.errors import BadOption, UnsupportedModel
 from tokensieve.vla.action_tokens import check_chunk, check_codes
 
+FILE = "fast_actions.json"
+MAX_BYTES = 1 << 24
+MAX_SIZE = 4096  # steps, or numbers of an action, that a file may ask for
 FIRST_CHARACTER = 0x100  # no control characters; an alphabet ends long before the surrogates at 0xD800
 MAX_ALPHABET = 0xD000
 
@@ -81,6 +86,60 @@ class FastActions:
         )
         bpe.train_from_iterator([_text(row, lowest) for row in integers.tolist()], trainer)
         return cls(bpe, (chunks.shape[1], chunks.shape[2]), scale, lowest, highest)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `fast_actions.json`, replaced only once its successor is complete.
+
+        Raises:
+            BadOption: `folder` is a file.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise BadOption(f"{str(folder)!r} is no folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        model = json.loads(self._bpe.to_str())["model"]
+        facts = {name: getattr(self, name) for name in ("shape", "scale", "lowest", "highest")}
+        part = folder / f"{FILE}.part"
+        part.write_text(json.dumps(facts | {"merges": model["merges"]}), encoding="utf-8")
+        part.replace(folder / FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FastActions:
+        """Reads what `save_pretrained` wrote; the file is untrusted.
+
+        Raises:
+            BadOption: there is no such file.
+            UnsupportedModel: it is damaged, or holds no such tokeniser.
+        """
+        path = Path(folder).expanduser() / FILE
+        if not path.is_file():
+            raise BadOption(f"{str(folder)!r} has no {FILE}.", hint="Give a folder that save_pretrained wrote.")
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError("too large")
+            return cls._from_facts(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UnsupportedModel(f"{str(path)!r} holds no tokeniser of actions ({type(error).__name__}).") from None
+
+    @classmethod
+    def _from_facts(cls, shape, scale, lowest, highest, merges) -> FastActions:
+        """Characters and merges say all: code i is character i, or what merge i - num_characters makes."""
+        from tokenizers import Tokenizer, models
+
+        whole = [*shape, lowest, highest]
+        if len(shape) != 2 or not all(type(number) is int for number in whole) or not isinstance(scale, float):
+            raise ValueError("numbers of another kind")
+        num_characters = highest - lowest + 1
+        if not (
+            1 <= min(shape) <= max(shape) <= MAX_SIZE and 1 <= num_characters <= MAX_ALPHABET and 0 < scale < math.inf
+        ):
+            raise ValueError("numbers out of range")
+        codes = {chr(FIRST_CHARACTER + i): i for i in range(num_characters)}
+        for first, second in merges:
+            if first not in codes or second not in codes or first + second in codes:
+                raise ValueError("a merge of what there is not")
+            codes[first + second] = len(codes)
+        return cls(Tokenizer(models.BPE(codes, [tuple(pair) for pair in merges])), tuple(shape), scale, lowest, highest)
 
     @property
     def num_codes(self) -> int:

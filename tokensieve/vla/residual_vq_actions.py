@@ -17,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.errors import BadOption
+from tokensieve.policies.checkpoint import SavedPolicy, register_policy
 from tokensieve.vla.action_tokens import check_chunk, check_codes
 
 COMMITMENT = 5.0
 
 
-class ResidualVQActions(nn.Module):
+@register_policy("residual-vq-actions")
+class ResidualVQActions(SavedPolicy):
     """Residual VQ as an `ActionTokeniser` for chunks of one shape; to be trained on `loss`.
+
+    `save_pretrained` and `from_pretrained` as policies.
 
     Args:
         shape: `(H, D)` of a chunk.
@@ -50,10 +54,15 @@ class ResidualVQActions(nn.Module):
         if len(shape) != 2 or min(sizes) < 1:
             raise BadOption(f"Need a shape (H, D) and sizes from 1, got {sizes}.")
         self.shape, self.num_codebooks, self.num_codes = tuple(shape), num_codebooks, num_codes
+        self.latent_width, self.hidden_width = latent_width, hidden_width
         num_inputs = shape[0] * shape[1]
         self.encoder = _mlp(num_inputs, hidden_width, latent_width)
         self.quantiser = _residual_vq()(dim=latent_width, num_quantizers=num_codebooks, codebook_size=num_codes)
         self.decoder = _mlp(latent_width, hidden_width, num_inputs)
+
+    def options(self) -> dict[str, object]:
+        names = ("shape", "num_codebooks", "num_codes", "latent_width", "hidden_width")
+        return {name: getattr(self, name) for name in names}
 
     def loss(self, chunks: Tensor) -> Tensor:
         """What to minimise, 0-d, for normalised chunks `[B, H, D]`; codebooks move too in training mode.
