@@ -3,6 +3,7 @@
 # Shape legend: B batch, L new places, P cached places, S = P + L, D width
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import DynamicCache
@@ -10,11 +11,12 @@ from transformers import DynamicCache
 from tests.export.exported import run, shorten
 from tests.pipeline.tiny_families import make_model
 from tokensieve.errors import UnsupportedModel
+from tokensieve.export.generation import Decoder as OnnxDecoder
+from tokensieve.export.generation import larger_blocks
 from tokensieve.export.graph_file import write_graph
 from tokensieve.export.language import (
     Decoder,
     Embedding,
-    additive_mask,
     cache_facts,
     cache_names,
     check_text,
@@ -171,12 +173,19 @@ def test_embedding():
     assert torch.equal(Embedding(exportable_copy(model, torch.float16))(ids), model.get_input_embeddings()(ids).half())
 
 
-def test_mask():
-    mask_BS = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    made = additive_mask(mask_BS, 2, 2)
-    assert made.shape == (2, 1, 2, 4)
-    assert (made == 0).int()[:, 0].tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
-    assert (additive_mask(mask_BS, 4, 0) - 1e30).isfinite().all()
+def test_a_gpu_is_given_larger_blocks(decoder):
+    model, path = decoder
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    embeds, mask, positions = (x.numpy() for x in sample(model, 1, 0, 150))
+    logits = []
+    for extra in ({}, larger_blocks(session)):
+        stepping = OnnxDecoder(session)
+        assert stepping._extra == {}  # a CPU
+        stepping._extra = extra
+        stepping.start(1)
+        logits.append(stepping.step(embeds, mask, positions))
+    assert list(extra) == ["queries_per_block"]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_a_copy_shares_what_it_can_and_leaves_the_model_alone():

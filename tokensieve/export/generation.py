@@ -49,6 +49,8 @@ _CHANGES_SAMPLES = {
     "top_h": (None,),
     "typical_p": (None, 1, 1.0),
 }
+QUERIES_PER_BLOCK = "queries_per_block"  # an input of decoder graphs with a default, see block_attention.py
+_ON_GPU = 1024  # there a loop over small blocks would take longer to start its kernels than they run (not measured)
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # those of transformers
 
 
@@ -161,6 +163,7 @@ class Decoder:
                 raise UnsupportedModel("The decoder does not say how large its cache is.", hint=AGAIN)
             self._empty[name] = (heads, width, numpy_dtype(inputs[name].type))
         self.device = device_of(session)
+        self._extra = larger_blocks(session) if self.device == "cuda" else {}
         self._cache: list[ort.OrtValue] = []
 
     def start(self, batch: int) -> None:
@@ -185,6 +188,8 @@ class Decoder:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, dtype=self.embeds_dtype))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask_BL))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        for name, value in self._extra.items():
+            binding.bind_ortvalue_input(name, value)  # an array is refused where there is a default
         for name, value in zip(self._past, self._cache, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
@@ -194,6 +199,14 @@ class Decoder:
             self.session.run_with_iobinding(binding)
         logits, *self._cache = binding.get_outputs()
         return logits.numpy()[:, -1].astype(np.float32)
+
+
+def larger_blocks(session: ort.InferenceSession) -> dict[str, ort.OrtValue]:
+    """What to feed a decoder graph on a GPU beside its other inputs, if it has attention over blocks of queries."""
+    optional = [each.name for each in session.get_overridable_initializers()]
+    if QUERIES_PER_BLOCK not in optional:
+        return {}
+    return {QUERIES_PER_BLOCK: ort.OrtValue.ortvalue_from_numpy(np.array([_ON_GPU]), "cpu")}
 
 
 def device_of(session: ort.InferenceSession) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokensieve.export.block_attention import add_block_attention
+
 OPSET = 18
 
 
@@ -58,6 +60,7 @@ def write_graph(
             opset_version=OPSET,
             verbose=False,
         )
+    add_block_attention(program.model)
     for graph in (program.model.graph, *(function.graph for function in program.model.functions.values())):
         for node in graph.all_nodes():
             node.metadata_props.clear()  # stack traces, with the paths of this machine

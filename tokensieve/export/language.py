@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.errors import UnsupportedModel
+from tokensieve.export.block_attention import block_attention
 
 TEXT_MODELS = ("llama", "qwen2", "qwen2_5_vl_text")
 # Rotary embeddings whose frequencies follow the longest position seen: a graph has them fixed.
@@ -69,43 +70,33 @@ class Decoder(nn.Module):
 
     def forward(self, embeds_BLD: Tensor, mask_BS: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         hidden_BLD = embeds_BLD.to(self.head.weight.dtype)
-        mask_B1LS = additive_mask(mask_BS, embeds_BLD.shape[1], past[0].shape[2])
+        seen_BS = mask_BS.bool()
         cos_BLd, sin_BLd = self.rotary(hidden_BLD, position_ids)
         rotation = cos_BLd[:, None], sin_BLd[:, None]
+        scaling = self.layers[0].self_attn.scaling
+        query_rotation = rotation[0] * scaling, rotation[1] * scaling
         present = []
         for layer, key, value in zip(self.layers, past[::2], past[1::2], strict=True):
-            attention, normed_BLD = layer.self_attn, layer.input_layernorm(hidden_BLD)
+            attention, normed_BLD = layer.self_attn, _normed(layer.input_layernorm, hidden_BLD)
             query_BALd, new_key, new_value = (
                 part(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                 for part in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             key_BHSd = torch.cat([key, _rotated(new_key, rotation)], dim=2)
             value_BHSd = torch.cat([value, new_value], dim=2)
-            query_BALd = _rotated(query_BALd, rotation) * attention.scaling
-            mixed_BALd = _attend(query_BALd, key_BHSd, value_BHSd, mask_B1LS)
-            hidden_BLD = hidden_BLD + attention.o_proj(mixed_BALd.transpose(1, 2).flatten(2))
-            hidden_BLD = hidden_BLD + layer.mlp(layer.post_attention_layernorm(hidden_BLD))
+            mixed_BLD = block_attention(_rotated(query_BALd, query_rotation), key_BHSd, value_BHSd, seen_BS)
+            hidden_BLD = hidden_BLD + attention.o_proj(mixed_BLD)
+            hidden_BLD = hidden_BLD + layer.mlp(_normed(layer.post_attention_layernorm, hidden_BLD))
             present += [key_BHSd, value_BHSd]
-        last_B1D = self.norm(hidden_BLD[:, -1:])
+        last_B1D = _normed(self.norm, hidden_BLD[:, -1:])
         return self.head(last_B1D).float(), *present
 
 
-def additive_mask(mask_BS: Tensor, num_new: int, num_past: int) -> Tensor:
-    """`[B, 1, L, S]` float32: 0 where a new place may look, the lowest number at padding and at later places."""
-    place_S = torch.arange(num_past + num_new, device=mask_BS.device)
-    place_L = place_S[num_past:]
-    allowed_B1LS = (place_S <= place_L[:, None]) & mask_BS[:, None, None].bool()
-    # Half of the lowest: with a negative score added it stays finite, so rows of padding make no NaN.
-    return torch.where(allowed_B1LS, 0.0, torch.finfo(torch.float32).min / 2)
-
-
-def _attend(query_BALd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor, mask_B1LS: Tensor) -> Tensor:
-    """`[B, A, L, d]`: A / H queries share a key; they stand side by side in one product. Softmax in float32."""
-    shared = query_BALd.shape[1] // key_BHSd.shape[1]
-    query_BHRd = query_BALd.unflatten(1, (-1, shared)).flatten(2, 3)  # R = A / H * L
-    score_BHRS = (query_BHRd @ key_BHSd.transpose(-1, -2)).float()
-    weight_BHRS = (score_BHRS.unflatten(2, (shared, -1)) + mask_B1LS[:, :, None]).softmax(-1).flatten(2, 3)
-    return (weight_BHRS.to(value_BHSd.dtype) @ value_BHSd).unflatten(2, (shared, -1)).flatten(1, 2)
+def _normed(norm: nn.Module, x_BLD: Tensor) -> Tensor:
+    """RMS norm as a quotient, which onnxruntime knows as one; transformers' product with a reciprocal it does not."""
+    float_BLD = x_BLD.float()
+    rms_BL1 = (float_BLD.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    return norm.weight * (float_BLD / rms_BL1).to(x_BLD.dtype)
 
 
 def _rotated(x_BALd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
