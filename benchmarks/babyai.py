@@ -51,7 +51,6 @@ from tokensieve.vla import (
 )
 
 KEEPS = (49, 24, 12, 4)
-PATCHES_SEED = 0
 METHODS = ("uniform", "random", "norm-diversity", "divprune")
 
 
@@ -64,13 +63,15 @@ class Setup:
     episodes: int = 20_000
     trunk_length: int = 4
     tokeniser_steps: int = 900
-    planner_steps: int = 2600
+    planner_steps: int = 4000
+    patches_steps: int = 1300
+    memory: tuple[int, ...] = (4, 8, 12)
     budget_steps: int = 700
     cloning_steps: int = 2200
     batch: int = 128
     rollouts: int = 300
     seeds: int = 3
-    intervals: tuple[int, ...] = (1, 4, 8, 16)
+    intervals: tuple[int, ...] = (1, 2, 4, 8, 16)
     compressed_interval: int = 4
     patches: bool = True
 
@@ -79,6 +80,7 @@ SMOKE = Setup(
     episodes=300,
     tokeniser_steps=20,
     planner_steps=20,
+    patches_steps=20,
     budget_steps=20,
     cloning_steps=20,
     batch=32,
@@ -133,8 +135,11 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
 
     def planner(visual: str, out: Path):
         tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
-        model = Planner(PlannerConfig(words=words, levels=tok.config.levels, visual=visual), seed=seed)
-        return model, train_planner(model, episodes, tok, training(setup.planner_steps, out))
+        config = PlannerConfig(words=words, levels=tok.config.levels, visual=visual, memory=setup.memory)
+        model, steps = Planner(config, seed=seed), setup.planner_steps
+        if visual == "patches":
+            model, steps = model.start_from(Planner.from_pretrained(folder / "resampled")), setup.patches_steps
+        return model, train_planner(model, episodes, tok, training(steps, out))
 
     def with_budgets(out: Path):
         tok = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
@@ -147,19 +152,19 @@ def train_seed(folder: Path, episodes: Episodes, setup: Setup, seed: int) -> Non
     trained(folder, "tokeniser", tokeniser)
     trained(folder, "resampled", partial(planner, "resampled"))
     trained(folder, "cloning", cloning)
-    if setup.patches and seed == PATCHES_SEED:
+    if setup.patches:
         trained(folder, "patches-all", partial(planner, "patches"))
         trained(folder, "patches", with_budgets)
 
 
-def settings(setup: Setup, seed: int) -> list[tuple[str, dict[str, object]]]:
+def settings(setup: Setup) -> list[tuple[str, dict[str, object]]]:
     """Name and options of every roll-out of a seed."""
     found = [("random actions", {"who": "random"}), ("cloning, every step", {"who": "cloning"})]
     found += [(f"ours, N = {n}", {"who": "resampled", "interval": n}) for n in setup.intervals]
     control = setup.compressed_interval
     for what in ("codes", "instructions"):
         found.append((f"ours, N = {control}, {what} shuffled", {"who": "resampled", "interval": control, what: True}))
-    if setup.patches and seed == PATCHES_SEED:
+    if setup.patches:
         patches = {"who": "patches", "interval": control}
         found.append((f"patches, all {KEEPS[0]}", patches))
         for method in METHODS:
@@ -172,18 +177,20 @@ def agent_of(folder: Path, options: dict[str, object], seed: int):
     if options["who"] == "random":
         return RandomAgent(seed=seed)
     if options["who"] == "cloning":
-        return CloningAgent(CloningPolicy.from_pretrained(folder / "cloning"), seed=seed)
+        return CloningAgent(CloningPolicy.from_pretrained(folder / "cloning"), greedy=True)
     planner = Planner.from_pretrained(folder / str(options["who"]))
     if options["who"] == "patches":
         planner.compress(options.get("method"), options.get("keep", 1.0), seed=seed)
     tokeniser = BehaviourTokeniser.from_pretrained(folder / "tokeniser")
-    return BehaviourAgent(planner, tokeniser, options["interval"], shuffle_codes="codes" in options, seed=seed)
+    return BehaviourAgent(
+        planner, tokeniser, options["interval"], shuffle_codes="codes" in options, greedy=True, seed=seed
+    )
 
 
 def evaluate_seed(folder: Path, setup: Setup, seed: int) -> None:
     """Every roll-out that `folder/results` lacks."""
     (folder / "results").mkdir(exist_ok=True)
-    waiting = [(name, options, _result(folder, name)) for name, options in settings(setup, seed)]
+    waiting = [(name, options, _result(folder, name)) for name, options in settings(setup)]
     waiting = [one for one in waiting if not one[2].exists()]
     for _, options, path in track(waiting, f"roll-outs, seed {seed}", console=Console(stderr=True)):
         traces = roll_out(
@@ -203,7 +210,7 @@ def report(folder: Path, setup: Setup) -> str:
     """Markdown: one table of all settings, and how long trainings took."""
     head = "| agent | success, % (95 %) | seeds | calls a step | visual tokens | named cell kept, % |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for name, _ in settings(setup, PATCHES_SEED):
+    for name, _ in settings(setup):
         paths = [_result(folder / f"seed{s}", name) for s in range(setup.seeds)]
         found = [json.loads(path.read_text()) for path in paths if path.exists()]
         num = sum(one["episodes"] for one in found)
@@ -224,7 +231,7 @@ def report(folder: Path, setup: Setup) -> str:
     return "\n".join(
         [
             f"{', '.join(setup.levels)}; {setup.rollouts} episodes a seed, {setup.seeds} seed(s), at most "
-            f"{setup.max_steps} steps, actions drawn, codes likeliest; {setup.episodes} episodes of the bot to learn "
+            f"{setup.max_steps} steps, the likeliest actions and codes; {setup.episodes} episodes of the bot to learn "
             "from. Intervals are Wilson's over episodes of all seeds; they hold nothing about the spread of trainings, "
             "which the seeds show. "
             f"CPU seconds of a seed: {', '.join(times)}. {processor_name()}, one thread, bfloat16 autocast, "

@@ -384,7 +384,7 @@ def _tokenise_options(parser: ArgumentParser) -> None:
 
 
 def _planner_options(parser: ArgumentParser) -> None:
-    _steps(parser, 2600)
+    _steps(parser, 4000)
     parser.add_argument("--tokeniser", type=str | None, default=None, help="folder of `vla tokenise`")
     parser.add_argument(
         "--model",
@@ -395,6 +395,13 @@ def _planner_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--lr", type=float | None, default=None, help="peak; 1e-3, of a vision-language model 1.4e-5")
     parser.add_argument("--visual", type=str, default="resampled", help="of small: 4 tokens resampled, or patches")
+    parser.add_argument(
+        "--memory",
+        type=_Listed(int),
+        default=[4, 8, 12],
+        help="of small: steps back of remembered frames, 0: none",
+    )
+    parser.add_argument("--start", type=str | None, default=None, help="small planner to begin with, of another visual")
     parser.add_argument("--method", type=str | None, default=None, help="that drops patches, or the model's tokens")
     parser.add_argument("--keep", type=_Listed(float), default=[1.0], help="budget; of several each step draws one")
     _common(parser)

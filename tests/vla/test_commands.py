@@ -43,7 +43,7 @@ def made(tmp_path_factory):
     step("tokenise", "tokenise", *of, "--trunk_length", 8, "--steps", 110, "--out", folder / "tokeniser")
     with_codes = [*of, "--tokeniser", folder / "tokeniser"]
     step("planner", "train", *with_codes, "--steps", 30, "--out", folder / "planner")
-    dropping = ["--visual", "patches", "--method", "random", "--keep", "49,12"]
+    dropping = ["--visual", "patches", "--start", folder / "planner", "--method", "random", "--keep", "49,12"]
     step("patches", "train", *with_codes, "--steps", 3, *dropping, "--out", folder / "patches")
     step("cloning", "train", *of, "--steps", 10, "--model", "cloning", "--out", folder / "cloning")
     return folder, said
@@ -56,6 +56,8 @@ def test_everything_learns(made):
     assert tokeniser["val_accuracy"] > tokeniser["val_accuracy_shuffled"] + 0.02 and tokeniser["val_codes"] > 10
     # Over 19 behaviour tokens chance says a digit right once in six times, and a code once in 240.
     assert said["planner"]["metrics"]["val_digits"] > 0.4 and said["planner"]["metrics"]["val_exact"] > 0.02
+    # Three steps are enough for one that begins with the other's weights: it would take 30 itself.
+    assert said["patches"]["metrics"]["val_digits"] > 0.4
     assert said["cloning"]["metrics"]["val_accuracy"] > 0.4
     for name in ("tokeniser", "planner", "cloning"):
         assert (folder / name / "logs" / "metrics.csv").is_file()
@@ -120,6 +122,8 @@ def test_what_is_refused(made, capsys, tmp_path):
     assert "level must" in refused(capsys, "tokenise", *new, "--levels", 1)
     assert "--tokeniser DIR" in refused(capsys, "train", *new)
     assert "for planners" in refused(capsys, "train", *new, "--model", "cloning", "--tokeniser", tok)
+    assert "--start" in refused(capsys, "train", *new, "--model", "cloning", "--start", plan)
+    assert "a Planner" in refused(capsys, "train", *new, "--tokeniser", tok, "--start", tok, code=4)
     assert "--method" in refused(capsys, "train", *new, "--tokeniser", tok, "--keep", 0.5)
     assert "patches" in refused(capsys, "train", *new, "--tokeniser", tok, "--method", "uniform", "--keep", 12)
     assert "holds a BehaviourTokeniser" in refused(capsys, "rollout", "--planner", tok, "--tokeniser", tok)

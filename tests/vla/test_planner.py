@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 import tokensieve as ts
 from tokensieve.errors import BadOption, UnsupportedModel
-from tokensieve.vla import BehaviourTokeniser, Planner, PlannerConfig, PlannerModule, VLMPlanner, words_of
+from tokensieve.vla import BehaviourTokeniser, Memory, Planner, PlannerConfig, PlannerModule, VLMPlanner, words_of
 
 WORDS = words_of(["find red now", "find blue"])
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -65,6 +65,18 @@ def test_it_learns_which_patch_is_named(tmp_path, visual):
     assert (module.planner.plan(frames, others).digits == digits).all(-1).float().mean() < 0.1
 
 
+def test_a_start_from_another_planner():
+    source, made = Planner(PlannerConfig(**SMALL), seed=1), planner(visual="patches", method="uniform", keep=2)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    assert made.start_from(source) is made and made.config.method == "uniform"
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith("visual") else source.state_dict()[name])
+    assert not torch.equal(made.head.weight, before["head.weight"])
+    for change in ({"levels": (4, 2)}, {"width": 64}, {"words": words_of(["find green"])}):
+        with pytest.raises(BadOption, match="other words"):
+            made.start_from(planner(**change))
+
+
 @pytest.mark.parametrize("options", [{}, {"visual": "patches", "method": "uniform", "keep": 2}])
 def test_digit_by_digit_it_says_what_it_was_trained_to_say(options):
     model, (frames, texts, _) = planner(**options), noise(24)
@@ -74,10 +86,87 @@ def test_digit_by_digit_it_says_what_it_was_trained_to_say(options):
     hook.remove()
     assert len(digits.unique(dim=0)) > 4
     logits = model.logits(frames, texts, model.vocabulary.digits_to_ids(digits))
-    torch.testing.assert_close(torch.cat(said, 1), logits, rtol=1e-4, atol=1e-5)
-    likeliest = model.plan(frames, texts).digits
-    block = model.vocabulary.block(0)
-    assert torch.equal(logits[:, 0, block.start : block.stop].argmax(-1), likeliest[:, 0])
+    torch.testing.assert_close(torch.stack([out[:, -1] for out in said], 1), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_likeliest_code_is_found(monkeypatch):
+    """Against all 12 codes, with networks of many seeds: one of a seed says much the same whatever it sees."""
+    frames, texts, _ = noise(2)
+    codes = torch.cartesian_prod(torch.arange(4), torch.arange(3))
+    found, greedy, best = [], [], []
+    for seed in range(30):
+        model = Planner(PlannerConfig(**SMALL), seed=seed).eval()
+        with torch.no_grad():
+            model.head.weight.mul_(10)  # sure enough of the second digit for the likeliest first one to mislead
+        scores = [
+            model.logits(frames, texts, ids.expand(2, -1)).log_softmax(-1)[:, [0, 1], ids].sum(-1)
+            for ids in model.vocabulary.digits_to_ids(codes)
+        ]
+        best.append(codes[torch.stack(scores, -1).argmax(-1)])
+        for num_beams, into in ((16, found), (1, greedy)):
+            monkeypatch.setattr("tokensieve.vla.planner.NUM_BEAMS", num_beams)
+            into.append(model.plan(frames, texts).digits)
+    assert torch.equal(torch.cat(found), torch.cat(best))
+    assert (torch.cat(greedy) != torch.cat(best)).any(-1).float().mean() > 0.1
+
+
+def remembered(num_rows: int, seed: int):
+    """`hidden` frames as memory of one step ago, of 3 steps ago noise; now there is noise too."""
+    frames, texts, digits = hidden(num_rows, seed)
+    noise_now, noise_then = noise(num_rows, seed=seed)[0], noise(num_rows, seed=seed + 1)[0]
+    memory = Memory(frames=torch.stack([noise_then, frames], 1), there=torch.ones(num_rows, 2, dtype=torch.bool))
+    return noise_now, texts, digits, memory
+
+
+def test_it_learns_from_what_it_remembers(tmp_path):
+    module = PlannerModule(planner(memory=(3, 1), num_channels=16).train(), lr=5e-3, warmup_steps=10)
+    frames, texts, digits, memory = remembered(384, seed=1)
+    parts = torch.arange(384).split(32)
+    rows = [
+        (frames[i], [texts[k] for k in i], digits[i], Memory(frames=memory.frames[i], there=memory.there[i]))
+        for i in parts
+    ]
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    run = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=10, gradient_clip_val=1.0, enable_model_summary=False, **options
+    )
+    run.fit(module, DataLoader(rows, batch_size=None))
+    frames, texts, digits, memory = remembered(128, seed=5)
+    made = module.planner.eval()
+    assert (made.plan(frames, texts, memory).digits == digits).all(-1).float().mean() > 0.9
+    nothing = Memory(frames=memory.frames, there=torch.zeros(128, 2, dtype=torch.bool))
+    assert (made.plan(frames, texts, nothing).digits == digits).all(-1).float().mean() < 0.4
+    made.save_pretrained(tmp_path / "planner")
+    read = Planner.from_pretrained(tmp_path / "planner")
+    assert read.memory == (3, 1)
+    assert torch.equal(read.plan(frames, texts, memory).digits, made.plan(frames, texts, memory).digits)
+
+
+def test_what_was_not_there_is_not_seen():
+    model, (frames, texts, digits) = planner(memory=(4, 8)), noise(3)
+    ids = model.vocabulary.digits_to_ids(digits)
+    there = torch.tensor([[True, True], [True, False], [False, False]])
+    earlier = torch.stack([noise(3, seed=1)[0], noise(3, seed=2)[0]], 1)
+    logits = model.logits(frames, texts, ids, Memory(frames=earlier, there=there))
+    others = torch.where(there[..., None, None, None], earlier, 255 - earlier)
+    assert torch.equal(model.logits(frames, texts, ids, Memory(frames=others, there=there)), logits)
+    swapped = model.logits(frames, texts, ids, Memory(frames=earlier.flip(1), there=there))
+    assert not torch.allclose(swapped[0], logits[0])  # how long ago it was counts
+    assert torch.equal(swapped[2], logits[2])
+
+
+def test_memories_that_do_not_fit():
+    model, (frames, texts, digits) = planner(memory=(4, 8)), noise(2)
+    one = Memory(frames=frames[:, None], there=torch.ones(2, 1, dtype=torch.bool))
+    odd = Memory(frames=frames[:, None], there=torch.ones(2, 2, dtype=torch.bool))
+    for given in (None, one, odd, one.to("cpu")):
+        with pytest.raises(BadOption, match=r"remembers the frames \[4, 8\] steps back"):
+            model.plan(frames, texts, given)
+    with pytest.raises(BadOption, match="remembers"):
+        planner().loss(frames, texts, digits, one)
+    for memory in (4, (0,), (1.0,), (True,), (2000,), tuple(range(1, 66))):
+        with pytest.raises(BadOption, match="memory"):
+            planner(memory=memory)
 
 
 def test_what_may_look_at_what():
@@ -92,8 +181,8 @@ def test_what_may_look_at_what():
     assert not torch.allclose(model.logits(frames, texts, first)[:, 1], logits[:, 1])
     alone = model.logits(frames[1:2], texts[1:2], ids[1:2])  # "find blue" without the padding of "find red now"
     torch.testing.assert_close(alone, logits[1:2], rtol=1e-4, atol=1e-5)
-    words, _, _ = model._prefix(frames, texts)
-    others, _, _ = model._prefix(255 - frames, texts)
+    words, _, _ = model._prefix(frames, texts, None)
+    others, _, _ = model._prefix(255 - frames, texts, None)
     assert not torch.allclose(
         words[1][0][:, :, 0], others[1][0][:, :, 0]
     )  # words see the picture: a prefix, not causal

@@ -64,11 +64,12 @@ class Stub:
 
     levels, network = (5, 3), torch.nn.Linear(1, 1)
 
-    def __init__(self, num_kept=49):
-        self.asked, self.num_kept = [], num_kept
+    def __init__(self, num_kept=49, memory=()):
+        self.asked, self.num_kept, self.memory, self.memories = [], num_kept, memory, []
 
-    def plan(self, frames, instructions, *, generator=None):
+    def plan(self, frames, instructions, memory=None, *, generator=None):
         self.asked.append((frames, list(instructions)))
+        self.memories.append(memory)
         digits = torch.tensor([[len(text) % 5, len(self.asked) % 3] for text in instructions])
         kept = (torch.arange(49) < self.num_kept).expand(len(frames), -1)
         return Planned(digits=digits, kept=kept, num_visual=float(self.num_kept))
@@ -113,6 +114,40 @@ def test_the_planner_is_asked_every_so_many_steps(tokeniser, interval):
         says = [[len(trace.told) % 5, (step // interval + 1) % 3] for step in range(len(trace))]
         assert np.stack(trace.digits).tolist() == says
         assert [mask is not None for mask in trace.kept] == [step % interval == 0 for step in range(len(trace))]
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_planner_remembers_what_was_seen_so_many_steps_ago(tokeniser, interval):
+    lags = (2, 5, 1)
+    planner = Stub(memory=lags)
+    traces = roll_out(BehaviourAgent(planner, tokeniser, interval), LEVELS, 5, max_steps=11)
+    lengths = [len(trace) for trace in traces]
+    assert max(lengths) > 7
+    for call, memory in enumerate(planner.memories):
+        step = interval * call
+        running = [trace for trace in traces if len(trace) > step]
+        assert memory.there.tolist() == [[step >= lag for lag in lags]] * len(running)
+        for row, trace in enumerate(running):
+            for place, lag in enumerate(lags):
+                seen = (
+                    render_grids(trace.grids[step - lag][None])[0] if step >= lag else 0 * memory.frames[0, 0].numpy()
+                )
+                np.testing.assert_array_equal(memory.frames[row, place], seen)
+
+
+def test_windows_remember_within_their_episode(expert):
+    windows, lags = Windows(expert, 4, range(1, 4)), (1, 3)
+    places = torch.arange(len(windows))
+    memory = windows.memory(places, lags)
+    first, last = expert.starts[1], expert.starts[4]
+    steps = np.arange(first, last)
+    begins = expert.starts[1:4].repeat(np.diff(expert.starts[1:5]))
+    for place, lag in enumerate(lags):
+        there = steps - lag >= begins
+        assert memory.there[:, place].tolist() == there.tolist()
+        np.testing.assert_array_equal(memory.frames[:, place][there], render_grids(expert.grids[steps[there] - lag]))
+        assert not memory.frames[:, place][~there].any()
+    assert windows.memory(places, ()) is None
 
 
 def test_the_decoder_gets_code_history_and_last_action(tokeniser, monkeypatch):

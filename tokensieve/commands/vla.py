@@ -113,8 +113,8 @@ def rollout(options) -> int:
 
 def _check_train(options, is_vlm: bool) -> None:
     if options.model == CLONING:
-        if options.tokeniser or options.method or options.visual != "resampled":
-            raise BadOption("--tokeniser, --visual and --method are for planners; cloning has none.")
+        if options.tokeniser or options.method or options.start or options.visual != "resampled":
+            raise BadOption("--tokeniser, --visual, --start and --method are for planners; cloning has none.")
         return
     if options.tokeniser is None:
         raise BadOption("A planner learns the codes of a behaviour tokeniser.", hint="Add --tokeniser DIR.")
@@ -122,8 +122,8 @@ def _check_train(options, is_vlm: bool) -> None:
         raise BadOption("--keep needs a method that drops tokens.", hint="Add --method norm-diversity.")
     if is_vlm and len(options.keep) > 1:
         raise BadOption("Budgets are drawn for the small planner only; give a VLM one.")
-    if is_vlm and options.visual != "resampled":
-        raise BadOption("--visual is for the small planner; a VLM has its own tokens.")
+    if is_vlm and (options.visual != "resampled" or options.start):
+        raise BadOption("--visual and --start are for the small planner; a VLM has its own tokens and weights.")
 
 
 def _small_planner(options, tokeniser, words):
@@ -134,10 +134,14 @@ def _small_planner(options, tokeniser, words):
         words=words,
         levels=tokeniser.config.levels,
         visual=options.visual,
+        memory=tuple(lag for lag in options.memory if lag != 0),
         method=options.method,
         keep=options.keep[0],
     )
-    return Planner(config, seed=options.seed).compress(options.method, options.keep[0], seed=options.seed)
+    made = Planner(config, seed=options.seed)
+    if options.start is not None:
+        made.start_from(Planner.from_pretrained(options.start))
+    return made.compress(options.method, options.keep[0], seed=options.seed)
 
 
 def _vlm_planner(options, tokeniser, words):

@@ -33,6 +33,7 @@ _HOMES = {
     "BehaviourModule": "tokensieve.vla.module",
     "words_of": "tokensieve.vla.words",
     "Planned": "tokensieve.vla.planner_config",
+    "Memory": "tokensieve.vla.memory",
     "PlannerConfig": "tokensieve.vla.planner_config",
     "BehaviourPlanner": "tokensieve.vla.planner_config",
     "Planner": "tokensieve.vla.planner",

@@ -20,6 +20,7 @@ from torch import Tensor
 from tokensieve.errors import BadOption
 from tokensieve.vla.cloning import CloningPolicy
 from tokensieve.vla.decoder import History
+from tokensieve.vla.memory import Memory
 from tokensieve.vla.planner_config import BehaviourPlanner, Planned
 from tokensieve.vla.tokeniser import BehaviourTokeniser
 from tokensieve.vla.trunks import NO_ACTION
@@ -149,6 +150,7 @@ class BehaviourAgent:
         self._rows, self._history = torch.arange(num), None
         self._said = torch.zeros(num, len(self.planner.levels), dtype=torch.int64)
         self._previous = torch.full((num, 1), NO_ACTION)
+        self._frames: dict[int, Tensor] = {}  # by step, as far back as the planner looks
         self._donor = cycle(num, self._seed) if self.shuffle_codes else torch.arange(num)
 
     def act(self, frames: Tensor, rows: Tensor) -> Step:
@@ -157,7 +159,8 @@ class BehaviourAgent:
         self._rows, self._previous = rows, self._previous[stays]
         planned = None
         if self._step % self.interval == 0:
-            planned = self.planner.plan(frames, [self._instructions[row] for row in rows.tolist()])
+            instructions = [self._instructions[row] for row in rows.tolist()]
+            planned = self.planner.plan(frames, instructions, self._memory(frames))
             self._said[rows] = planned.digits
             self._digits, self._history = self._said[self._donor[rows]], None
         else:
@@ -169,8 +172,27 @@ class BehaviourAgent:
             history=self._history,
             generator=self._draws,
         )
+        self._remember(frames)
         self._previous, self._step = actions, self._step + 1
         return Step(actions=actions[:, 0], num_calls=int(planned is not None), planned=planned, digits=self._digits)
+
+    def _memory(self, frames: Tensor) -> Memory | None:
+        lags = self.planner.memory
+        if not lags:
+            return None
+        nothing = torch.zeros_like(frames)
+        steps = [self._step - lag for lag in lags]
+        seen = [self._frames[step][self._rows] if step >= 0 else nothing for step in steps]
+        there = torch.tensor([step >= 0 for step in steps]).expand(len(frames), -1)
+        return Memory(frames=torch.stack(seen, 1), there=there)
+
+    def _remember(self, frames: Tensor) -> None:
+        if not self.planner.memory:
+            return
+        of_all = frames.new_zeros(len(self._instructions), *frames.shape[1:])
+        of_all[self._rows] = frames
+        self._frames[self._step] = of_all
+        self._frames.pop(self._step - max(self.planner.memory), None)
 
 
 def rows_of(history: History, stays: Tensor) -> History:

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from tokensieve.vla.memory import Memory
+
 VISUALS = ("resampled", "patches")
-LIMITS = {"width": 8192, "num_channels": 4096, "num_layers": 64, "num_heads": 256, "num_resampled": 1024}
+LIMITS = {"width": 8192, "num_channels": 4096, "num_layers": 64, "num_heads": 256}
+LIMITS |= {"num_resampled": 1024, "num_remembered": 64}
+MAX_MEMORY, MAX_LAG = 64, 1024  # frames, and steps back
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +33,7 @@ class Planned:
         digits: `[B, d]` int64, the behaviours.
         kept: `[B, P]` bool, which of the P patches the planner saw as tokens of their own; None where tokens are no
             patches.
-        num_visual: visual tokens of every row that the language model read, in the mean.
+        num_visual: tokens of the present frame that the language model read, in the mean over rows.
     """
 
     digits: Tensor
@@ -48,11 +52,22 @@ class BehaviourPlanner(Protocol):
     def network(self) -> nn.Module:
         """What learns."""
 
-    def loss(self, frames: Tensor, instructions: Sequence[str], digits: Tensor) -> Tensor:
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """How many steps ago the frames were taken that it wants beside the present one."""
+
+    def loss(self, frames: Tensor, instructions: Sequence[str], digits: Tensor, memory: Memory | None = None) -> Tensor:
         """Mean of -log p over the digits' tokens, 0-d, for frames `[B, H, W, 3]` and digits `[B, d]`."""
 
-    def plan(self, frames: Tensor, instructions: Sequence[str], *, generator: torch.Generator | None = None) -> Planned:
-        """Valid behaviours for frames `[B, H, W, 3]`; the likeliest digit by digit, or drawn with a generator."""
+    def plan(
+        self,
+        frames: Tensor,
+        instructions: Sequence[str],
+        memory: Memory | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Planned:
+        """Valid behaviours for frames `[B, H, W, 3]`; likely ones, or drawn with a generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,8 @@ class PlannerConfig:
         visual: "resampled": few visual tokens made of all patches by a linear map; "patches": one per patch, which a
             compression method can drop.
         num_resampled: tokens of "resampled".
+        memory: how many steps ago the frames were taken that it sees beside the present one; () for none.
+        num_remembered: tokens made of each of them.
         method: of compression, None for all tokens: any that works on a set of tokens, looks at nothing but them and
             keeps exactly as many as it is told.
         keep: budget: a share, or a number from 2.
@@ -85,6 +102,8 @@ class PlannerConfig:
     patch_size: int = 8
     visual: str = "resampled"
     num_resampled: int = 4
+    memory: tuple[int, ...] = ()
+    num_remembered: int = 2
     method: str | None = None
     keep: float | int = 1.0
     width: int = 128
@@ -107,6 +126,12 @@ class PlannerConfig:
                 f"{self.frame_size!r} and patches of {self.patch_size!r}."
             )
         object.__setattr__(self, "frame_size", tuple(self.frame_size))
+        lags = self.memory if isinstance(self.memory, tuple | list) else (0,)
+        if len(lags) > MAX_MEMORY or not all(type(lag) is int and 1 <= lag <= MAX_LAG for lag in lags):
+            raise BadOption(
+                f"memory must be at most {MAX_MEMORY} numbers of steps from 1 to {MAX_LAG}, got {self.memory!r}."
+            )
+        object.__setattr__(self, "memory", tuple(lags))
         if self.visual not in VISUALS:
             raise BadOption(f"visual must be one of {VISUALS}, got {self.visual!r}.")
         if self.width % self.num_heads:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tokensieve.compression import check_keep
 from tokensieve.errors import BadOption
+from tokensieve.vla.memory import Memory
 from tokensieve.vla.optim import adamw_with_linear_decay, check_rates
 from tokensieve.vla.planner_config import BehaviourPlanner
 
-Batch = tuple[Tensor, list[str], Tensor]
-"""Frames `[B, H, W, 3]` uint8, B instructions and digits `[B, d]`."""
+Batch = tuple[Tensor, list[str], Tensor] | tuple[Tensor, list[str], Tensor, Memory | None]
+"""Frames `[B, H, W, 3]` uint8, B instructions, digits `[B, d]` and, of planners that have one, the memory."""
 
 
 class PlannerModule(L.LightningModule):
-    """A planner in training; batches are `(frames, instructions, digits)`.
+    """A planner in training; batches are `(frames, instructions, digits)`, or these and a `Memory`.
 
     Validation logs the share of codes whose every digit is the tokeniser's (`val_exact`), and of digits (`val_digits`).
 
@@ -76,8 +77,8 @@ class PlannerModule(L.LightningModule):
             self.planner.compress(self.planner.config.method, self.keeps[0])
 
     def validation_step(self, batch: Batch, _) -> None:
-        frames, instructions, digits = batch
-        right_Bd = self.planner.plan(frames, instructions).digits == digits
+        frames, instructions, digits, *memory = batch
+        right_Bd = self.planner.plan(frames, instructions, *memory).digits == digits
         for name, value in (("val_exact", right_Bd.all(-1)), ("val_digits", right_Bd)):
             self.log(name, value.float().mean(), prog_bar=True, batch_size=len(frames), sync_dist=True)
 

@@ -26,7 +26,7 @@ from tokensieve.vla.config import BehaviourConfig
 from tokensieve.vla.module import BehaviourModule
 from tokensieve.vla.planner import Planner
 from tokensieve.vla.planner_config import BehaviourPlanner
-from tokensieve.vla.planner_module import PlannerModule
+from tokensieve.vla.planner_module import Batch, PlannerModule
 from tokensieve.vla.tokeniser import BehaviourTokeniser
 from tokensieve.vla.trunks import Trunks
 from tokensieve.vla.windows import Windows, batches_once, endless_batches
@@ -124,8 +124,9 @@ def train_planner(
     train_digits = all_digits(tokeniser, train, None, progress)
     val_digits = all_digits(tokeniser, val, VAL_WINDOWS, progress)
 
-    def examples(windows: Windows, digits: Tensor, places: Tensor) -> tuple[Tensor, list[str], Tensor]:
-        return windows.frames(places), windows.instructions(places), digits[places]
+    def examples(windows: Windows, digits: Tensor, places: Tensor) -> Batch:
+        memory = windows.memory(places, planner.memory)
+        return windows.frames(places), windows.instructions(places), digits[places], memory
 
     # A VLM goes to a GPU if there is one; the small planner is faster where it is.
     accelerator = "cpu" if isinstance(planner, Planner) else "auto"

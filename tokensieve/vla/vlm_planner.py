@@ -78,7 +78,12 @@ class VLMPlanner:
         """What learns: the whole model; freeze parts of it, or wrap it, as any transformers model."""
         return self.vlm.model
 
-    def loss(self, frames: Tensor, instructions: Sequence[str], digits: Tensor) -> Tensor:
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """No earlier frames: each call sees the present one."""
+        return ()
+
+    def loss(self, frames: Tensor, instructions: Sequence[str], digits: Tensor, memory: None = None) -> Tensor:
         """Mean cross-entropy of the behaviour tokens, 0-d: instruction and picture carry no labels.
 
         Args:
@@ -97,7 +102,14 @@ class VLMPlanner:
         return self.network(**prepared).loss
 
     @torch.no_grad()
-    def plan(self, frames: Tensor, instructions: Sequence[str], *, generator: torch.Generator | None = None) -> Planned:
+    def plan(
+        self,
+        frames: Tensor,
+        instructions: Sequence[str],
+        memory: None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Planned:
         """One valid behaviour for each environment; `BehaviourConstraint` allows nothing else.
 
         Args:

@@ -1,10 +1,10 @@
 """What an agent meets in episodes of a grid world: windows that begin at any step, as a new plan may be due at any."""
 
-# Shape legend: S steps of all episodes, B windows, T longest window, H height, W width in pixels
+# Shape legend: S steps of all episodes, B windows, T longest window, R remembered frames, H height, W width in pixels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tokensieve.datasets.trajectories.episodes import Episodes
 from tokensieve.datasets.trajectories.tiles import render_grids
 from tokensieve.errors import BadOption
+from tokensieve.vla.memory import Memory
 from tokensieve.vla.trunks import NO_ACTION, Trunks
 
 
@@ -67,6 +68,16 @@ class Windows:
     def frames(self, places: Tensor) -> Tensor:
         """What is seen where the windows begin, `[B, H, W, 3]` uint8."""
         return torch.from_numpy(render_grids(self.episodes.grids[self._start_S[places.numpy()]]))
+
+    def memory(self, places: Tensor, lags: Sequence[int]) -> Memory | None:
+        """What was seen `lags` steps before the windows begin; None without lags."""
+        if not lags:
+            return None
+        steps_BR = self._start_S[places.numpy()][:, None] - np.asarray(lags)
+        there_BR = steps_BR >= self.episodes.starts[self._owner_S[places.numpy()]][:, None]
+        frames = np.zeros((*there_BR.shape, *_size(self.episodes)), dtype=np.uint8)
+        frames[there_BR] = render_grids(self.episodes.grids[steps_BR[there_BR]])
+        return Memory(frames=torch.from_numpy(frames), there=torch.from_numpy(there_BR))
 
     def instructions(self, places: Tensor) -> list[str]:
         """What was asked in the windows' episodes."""
