@@ -135,6 +135,16 @@ def test_the_planner_remembers_what_was_seen_so_many_steps_ago(tokeniser, interv
                 np.testing.assert_array_equal(memory.frames[row, place], seen)
 
 
+def test_who_goes_on_remembers_what_it_saw_itself(tokeniser):
+    planner = Stub(memory=(1,))
+    agent = BehaviourAgent(planner, tokeniser, 1)
+    agent.begin(["go to the red ball"] * 4)
+    for step, rows in enumerate(([0, 1, 2, 3], [1, 2, 3], [1, 3])):
+        agent.act(torch.stack([torch.full((56, 56, 3), 10 * step + row) for row in rows]).byte(), torch.tensor(rows))
+        seen = planner.memories[step].frames[:, 0, 0, 0, 0].tolist()
+        assert seen == ([10 * (step - 1) + row for row in rows] if step else [0] * 4)
+
+
 def test_windows_remember_within_their_episode(expert):
     windows, lags = Windows(expert, 4, range(1, 4)), (1, 3)
     places = torch.arange(len(windows))
