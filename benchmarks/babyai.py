@@ -1,14 +1,14 @@
 """Behaviour tokens on BabyAI levels: success against calls of the big model, and with fewer visual tokens.
 
-    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # an hour on one core
+    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # 1.5 hours on one core
     python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                       # minutes; says nothing
 
 What is in the folder already is left alone, so that a stopped run goes on where it was; another set of options needs
 another folder. `--only 1` does one seed and makes no table, so that seeds can run side by side.
 
-One seed trains a tokeniser, a planner (4 resampled tokens) and a cloning policy on the same episodes of the bot; the
-first seed also a planner that reads patches, at first all 49, then with budgets drawn for every step. All act in the
-same worlds of the test split, for at most 24 steps unless told otherwise.
+One seed trains a tokeniser, a planner (4 resampled tokens), a cloning policy and, beginning with the planner's weights,
+a planner that reads patches, at first all 49, then with budgets drawn for every step. All learn from the same episodes
+of the bot and act in the same worlds of the test split, for at most 24 steps unless told otherwise.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Setup:
     batch: int = 128
     rollouts: int = 300
     seeds: int = 3
-    intervals: tuple[int, ...] = (1, 2, 4, 8, 16)
+    intervals: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
     compressed_interval: int = 4
     patches: bool = True
 
@@ -92,7 +92,8 @@ SMOKE = Setup(
 def check_folder(folder: Path, setup: Setup) -> None:
     """Writes `setup.json`, or refuses a folder of another set-up."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: value for name, value in asdict(setup).items() if name != "seeds"}  # more may follow later
+    # More seeds and intervals may follow later.
+    sizes = {name: value for name, value in asdict(setup).items() if name not in ("seeds", "intervals")}
     path, text = folder / "setup.json", json.dumps(sizes, indent=2)
     if path.exists() and path.read_text() != text:
         raise BadOption(f"{str(folder)!r} holds a run of another set-up.", hint="Choose another --folder.")
