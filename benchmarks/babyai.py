@@ -1,7 +1,7 @@
 """Behaviour tokens on BabyAI levels: success against calls of the big model, and with fewer visual tokens.
 
-    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md     # 1.5 hours on one core
-    python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                       # minutes; says nothing
+    python benchmarks/babyai.py --folder runs/babyai --out docs/benchmarks/babyai.md      # 1.5 hours on one core
+    python benchmarks/babyai.py --folder runs/babyai-smoke --smoke                        # minutes; says nothing
 
 What is in the folder already is left alone, so that a stopped run goes on where it was; another set of options needs
 another folder. `--only 1` does one seed and makes no table, so that seeds can run side by side.
@@ -244,6 +244,53 @@ def report(folder: Path, setup: Setup) -> str:
     )
 
 
+def draw(folder: Path, setup: Setup, out: Path) -> None:
+    """Success over calls of the big model, and over patches: a point a seed, their mean a line. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def points(name: str) -> tuple[float, list[float]]:
+        """Calls a step, and success of every seed in percent."""
+        paths = [_result(folder / f"seed{s}", name) for s in range(setup.seeds)]
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        calls = sum(one["calls_per_step"] * one["steps"] for one in found) / sum(one["steps"] for one in found)
+        return calls, [100 * one["success"] for one in found]
+
+    # Okabe and Ito's palette, told apart with colour-blind eyes.
+    colours = ["#0072B2", "#009E73", "#D55E00", "#E69F00"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    ours = [points(f"ours, N = {n}") for n in setup.intervals]
+    left.plot([calls for calls, _ in ours], [sum(each) / len(each) for _, each in ours], color=colours[0])
+    for n, (calls, each) in zip(setup.intervals, ours, strict=True):
+        left.scatter([calls] * len(each), each, color=colours[0], s=14, label="behaviour tokens" if n == 1 else None)
+        left.annotate(f"N = {n}", (calls, min(each)), (4, -12), textcoords="offset points", fontsize=8)
+    control = setup.compressed_interval
+    others = {
+        "cloning": "cloning, every step",
+        "instructions of another episode": f"ours, N = {control}, instructions shuffled",
+        "random actions": "random actions",
+    }
+    for (label, name), colour, mark in zip(others.items(), colours[1:], "s^v", strict=True):
+        calls, each = points(name)
+        left.scatter([calls] * len(each), each, color=colour, s=22, marker=mark, label=label)
+    left.set(
+        xlabel="calls of the big model per step", ylabel="episodes that succeed, %", ylim=(0, 103), xlim=(-0.05, 1.1)
+    )
+    for method, colour in zip(METHODS, colours, strict=True):
+        values = [points(f"patches, all {KEEPS[0]}")[1], *(points(f"patches, {method}, {k}")[1] for k in KEEPS[1:])]
+        right.plot(KEEPS, [sum(each) / len(each) for each in values], color=colour, label=method)
+        for keep, each in zip(KEEPS, values, strict=True):
+            right.scatter([keep] * len(each), each, color=colour, s=14)
+    right.set(xlabel=f"visual tokens of {KEEPS[0]}, a plan every {control} steps", xticks=KEEPS)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(out, dpi=110)
+
+
 def _mean(found: Sequence[dict], name: str, form: str, factor: float = 1) -> str:
     values = [one[name] for one in found if one[name] is not None]
     return f"{factor * sum(values) / len(values):{form}}" if values else "-"
@@ -267,6 +314,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="Markdown file; what stands above its conditions is kept"
     )
+    parser.add_argument("--picture", type=Path, default=None, help="of the table: *.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes = {name: getattr(options, name) for name in ("seeds", "episodes") if getattr(options, name) is not None}
@@ -280,6 +328,8 @@ def main() -> None:
         evaluate_seed(folder, setup, seed)
     if options.only is not None:
         return
+    if options.picture is not None:
+        draw(options.folder, setup, options.picture)
     text = report(options.folder, setup)
     if options.out is None:
         print(text)
