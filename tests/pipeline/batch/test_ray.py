@@ -8,6 +8,7 @@ import pickle
 import signal
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -39,14 +40,16 @@ class MeanStep:
     Args:
         once: clip that kills the process at its first try.
         always: clip that kills it at every try.
+        pause: seconds for a clip.
         notes: folder for what has been tried.
     """
 
-    def __init__(self, notes: Path, once: str = "", always: str = ""):
-        self.schema, self.notes, self.once, self.always = answer_schema(), notes, once, always
+    def __init__(self, notes: Path, once: str = "", always: str = "", pause: float = 0.0):
+        self.schema, self.notes, self.once, self.always, self.pause = answer_schema(), notes, once, always, pause
         self.waiting = []
 
     def add(self, given, frames):
+        time.sleep(self.pause)
         with open(self.notes / given.path, "ab") as file:
             tries = file.tell()
             file.write(b".")
@@ -60,8 +63,8 @@ class MeanStep:
         return rows
 
 
-def make_mean(notes: Path, **dying):
-    return MeanStep(notes, **dying), {"step": "mean"}
+def make_mean(notes: Path, **options):
+    return MeanStep(notes, **options), {"step": "mean"}
 
 
 def make_nothing(notes: Path):
@@ -172,7 +175,8 @@ def test_stopped_and_on(cluster, inputs, expected, notes, tmp_path):
     seen = []
     make = partial(make_mean, notes)
     stop = {"stop": lambda: bool(seen), "report": seen.append}
-    assert run_ray(make, inputs[:12], tmp_path / "out", max_rows=1, **stop).stopped
+    slow = partial(make_mean, notes, pause=0.3)  # else all may be done before the first report is heard
+    assert run_ray(slow, inputs[:12], tmp_path / "out", max_rows=1, **stop).stopped
     assert 0 < len(rows(tmp_path / "out")) < 12 and only_parts(tmp_path / "out")
     assert not run_ray(make, inputs, tmp_path / "out").stopped and rows(tmp_path / "out") == expected
     tried = [path for path in notes.iterdir() if path.stat().st_size > 1]
