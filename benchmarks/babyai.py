@@ -212,20 +212,17 @@ def report(folder: Path, setup: Setup) -> str:
     head = "| agent | success, % (95 %) | seeds | calls a step | visual tokens | named cell kept, % |"
     lines = [head, "|---|---|---|---|---|---|"]
     for name, _ in settings(setup):
-        paths = [_result(folder / f"seed{s}", name) for s in range(setup.seeds)]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        found = _of_seeds(folder, setup, partial(_result, name=name))
         num = sum(one["episodes"] for one in found)
         low, high = wilson(sum(round(one["success"] * one["episodes"]) for one in found), num)
         share = sum(one["success"] * one["episodes"] for one in found) / num
         each = ", ".join(f"{100 * one['success']:.1f}" for one in found)
-        calls = sum(one["calls_per_step"] * one["steps"] for one in found) / sum(one["steps"] for one in found)
-        cells = [name, f"**{100 * share:.1f}** ({100 * low:.1f}–{100 * high:.1f})", each, f"{calls:.2f}"]
+        cells = [name, f"**{100 * share:.1f}** ({100 * low:.1f}–{100 * high:.1f})", each, f"{_calls(found):.2f}"]
         cells += [_mean(found, "visual_tokens", ".0f"), _mean(found, "named_kept", ".1f", 100)]
         lines.append(f"| {' | '.join(cells)} |")
     times = []
     for what in ("tokeniser", "resampled", "cloning", "patches-all", "patches"):
-        paths = [folder / f"seed{s}" / what / "metrics.json" for s in range(setup.seeds)]
-        facts = [json.loads(path.read_text()) for path in paths if path.exists()]
+        facts = _of_seeds(folder, setup, lambda seed, what=what: seed / what / "metrics.json")
         if not facts:
             continue
         times.append(f"{what} {sum(one['cpu_seconds'] for one in facts) / len(facts):.0f} s")
@@ -253,10 +250,8 @@ def draw(folder: Path, setup: Setup, out: Path) -> None:
 
     def points(name: str) -> tuple[float, list[float]]:
         """Calls a step, and success of every seed in percent."""
-        paths = [_result(folder / f"seed{s}", name) for s in range(setup.seeds)]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
-        calls = sum(one["calls_per_step"] * one["steps"] for one in found) / sum(one["steps"] for one in found)
-        return calls, [100 * one["success"] for one in found]
+        found = _of_seeds(folder, setup, partial(_result, name=name))
+        return _calls(found), [100 * one["success"] for one in found]
 
     # Okabe and Ito's palette, told apart with colour-blind eyes.
     colours = ["#0072B2", "#009E73", "#D55E00", "#E69F00"]
@@ -289,6 +284,17 @@ def draw(folder: Path, setup: Setup, out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(out, dpi=110)
+
+
+def _of_seeds(folder: Path, setup: Setup, file: Callable[[Path], Path]) -> list[dict]:
+    """What a file says in the folder of every seed that has it."""
+    paths = [file(folder / f"seed{s}") for s in range(setup.seeds)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def _calls(found: Sequence[dict]) -> float:
+    """Of the big model, per step of all episodes."""
+    return sum(one["calls_per_step"] * one["steps"] for one in found) / sum(one["steps"] for one in found)
 
 
 def _mean(found: Sequence[dict], name: str, form: str, factor: float = 1) -> str:

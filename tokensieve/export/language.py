@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     int64 (`[3, B, L]` for Qwen2.5-VL) and, layer by layer, cached keys and values `[B, H, P, d]`. Returns logits
     `[B, 1, V]` float32 and keys and values `[B, H, S, d]`. Prompts are padded on the left; positions may have gaps.
 
-    The layers are those of `TEXT_MODELS`, which differ in the positions alone. Their attention is written out, because
+    The layers are those of `TEXT_MODELS`, which differ in the positions alone. Their attention is `block_attention`:
     transformers' repeats the whole cache for the queries that share a key, and in half precision scales too late.
     """
 

@@ -10,6 +10,7 @@ All episodes of a batch begin together, so they are planned for together: at ste
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -150,7 +151,7 @@ class BehaviourAgent:
         self._rows, self._history = torch.arange(num), None
         self._said = torch.zeros(num, len(self.planner.levels), dtype=torch.int64)
         self._previous = torch.full((num, 1), NO_ACTION)
-        self._frames: dict[int, Tensor] = {}  # by step, as far back as the planner looks
+        self._frames: deque[Tensor] = deque(maxlen=max(self.planner.memory, default=0))  # of all episodes, newest last
         self._donor = cycle(num, self._seed) if self.shuffle_codes else torch.arange(num)
 
     def act(self, frames: Tensor, rows: Tensor) -> Step:
@@ -177,22 +178,21 @@ class BehaviourAgent:
         return Step(actions=actions[:, 0], num_calls=int(planned is not None), planned=planned, digits=self._digits)
 
     def _memory(self, frames: Tensor) -> Memory | None:
-        lags = self.planner.memory
-        if not lags:
+        if not self.planner.memory:
             return None
+        known = [lag <= len(self._frames) for lag in self.planner.memory]
         nothing = torch.zeros_like(frames)
-        steps = [self._step - lag for lag in lags]
-        seen = [self._frames[step][self._rows] if step >= 0 else nothing for step in steps]
-        there = torch.tensor([step >= 0 for step in steps]).expand(len(frames), -1)
-        return Memory(frames=torch.stack(seen, 1), there=there)
+        seen = [
+            self._frames[-lag][self._rows] if there else nothing
+            for lag, there in zip(self.planner.memory, known, strict=True)
+        ]
+        return Memory(frames=torch.stack(seen, 1), there=torch.tensor(known).expand(len(frames), -1))
 
     def _remember(self, frames: Tensor) -> None:
-        if not self.planner.memory:
-            return
-        of_all = frames.new_zeros(len(self._instructions), *frames.shape[1:])
-        of_all[self._rows] = frames
-        self._frames[self._step] = of_all
-        self._frames.pop(self._step - max(self.planner.memory), None)
+        if self._frames.maxlen:
+            of_all = frames.new_zeros(len(self._instructions), *frames.shape[1:])
+            of_all[self._rows] = frames
+            self._frames.append(of_all)
 
 
 def rows_of(history: History, stays: Tensor) -> History:

@@ -53,13 +53,11 @@ class Windows:
         steps_BT = starts_B[:, None] + steps_T
         mask_BT = steps_BT < self._end_S[places.numpy()][:, None]
         steps_BT = np.where(mask_BT, steps_BT, starts_B[:, None])
-        frames = np.zeros((*mask_BT.shape, *_size(self.episodes)), dtype=np.uint8)
-        frames[mask_BT] = render_grids(self.episodes.grids[steps_BT[mask_BT]])
         begins_BT = steps_BT == self.episodes.starts[self._owner_S[places.numpy()]][:, None]
         actions = self.episodes.actions[steps_BT].astype(np.int64)
         previous = np.where(begins_BT, NO_ACTION, self.episodes.taken[steps_BT - 1].astype(np.int64))
         return Trunks(
-            frames=torch.from_numpy(frames),
+            frames=self._drawn(steps_BT, mask_BT),
             actions=torch.from_numpy(np.where(mask_BT, actions, 0))[..., None],
             previous=torch.from_numpy(np.where(mask_BT, previous, 0))[..., None],
             mask=torch.from_numpy(mask_BT),
@@ -75,13 +73,17 @@ class Windows:
             return None
         steps_BR = self._start_S[places.numpy()][:, None] - np.asarray(lags)
         there_BR = steps_BR >= self.episodes.starts[self._owner_S[places.numpy()]][:, None]
-        frames = np.zeros((*there_BR.shape, *_size(self.episodes)), dtype=np.uint8)
-        frames[there_BR] = render_grids(self.episodes.grids[steps_BR[there_BR]])
-        return Memory(frames=torch.from_numpy(frames), there=torch.from_numpy(there_BR))
+        return Memory(frames=self._drawn(steps_BR, there_BR), there=torch.from_numpy(there_BR))
 
     def instructions(self, places: Tensor) -> list[str]:
         """What was asked in the windows' episodes."""
         return self.episodes.missions[self._owner_S[places.numpy()]].tolist()
+
+    def _drawn(self, steps: np.ndarray, mask: np.ndarray) -> Tensor:
+        """Frames `[..., H, W, 3]` of steps `[...]`, zero where the mask is False."""
+        frames = np.zeros((*mask.shape, *_size(self.episodes)), dtype=np.uint8)
+        frames[mask] = render_grids(self.episodes.grids[steps[mask]])
+        return torch.from_numpy(frames)
 
 
 class _Shuffled(IterableDataset):
